@@ -109,9 +109,7 @@ def all_gather_shares(own: Tensor, num_rows: int) -> Tensor:
         ``[num_rows, ...]``, the same on every rank.
     """
     if len(own) != len(share(num_rows)):
-        raise ValueError(
-            f"rank {rank()} brings {len(own)} rows; its share of {num_rows} is {len(share(num_rows))}"
-        )
+        raise ValueError(f"rank {rank()} brings {len(own)} rows; its share of {num_rows} is {len(share(num_rows))}")
     if world_size() == 1:
         return own
     # Shares differ by one row at most: pad to the longest, gather, and let the reassembly drop the padding.

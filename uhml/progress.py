@@ -17,9 +17,7 @@ SECONDS_BETWEEN_LINES = 15.0
 SECONDS_BEFORE_FIRST = 1.0
 
 
-def progress(
-    iterable: Iterable[T], description: str, *, total: int | None = None, unit: str = "it"
-) -> Iterator[T]:
+def progress(iterable: Iterable[T], description: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:
     """Yield from ``iterable`` and show how far it is.
 
     Args:
