@@ -1,0 +1,145 @@
+"""From a picture file to an RGB image, or a clear refusal."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset
+
+from uhml import distributed
+from uhml.errors import UserError
+from uhml.progress import progress
+
+FORMATS = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".gif": "GIF",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".pbm": "PPM",
+    ".pgm": "PPM",
+    ".ppm": "PPM",
+}
+"""What is taken for a picture: the suffixes, in lower case, and Pillow's names of the formats.
+
+Other formats stay out because Pillow opens some of them (EPS) by running other programs.
+"""
+
+MAX_PIXELS = 2 * 89_478_485
+"""Larger pictures are refused; in RGB such a one takes half a gigabyte. This is where Pillow sees an attack, too."""
+
+DRAFT_SIDE = 1024
+"""A JPEG with both sides at least twice, four or eight times this is decoded at a half, a quarter or an eighth."""
+
+
+class UnreadablePicture(UserError):
+    """A file that cannot be decoded to a picture. The message names it and says why."""
+
+
+class _Refused(Exception):
+    """Why a file is refused, as the end of the sentence "the picture ..."."""
+
+
+def load_rgb(path: str | Path) -> Image.Image:
+    """Decode a picture file as people see it.
+
+    Grey, palette, 16-bit and CMYK pictures become 8-bit RGB, transparency lies on white, EXIF's rotation is applied,
+    and an animation shows its first frame. Large JPEGs come out smaller, see ``DRAFT_SIDE``.
+
+    Args:
+        path: a file in one of ``FORMATS``; its contents decide which, not its suffix.
+
+    Returns:
+        An image of mode "RGB", without reference to the file.
+
+    Raises:
+        UnreadablePicture: the file is missing, empty, truncated, no picture, or of more than ``MAX_PIXELS``.
+    """
+    try:
+        return _decode(path)
+    except _Refused as refusal:
+        raise UnreadablePicture(f"The picture {path} {refusal}.") from refusal
+
+
+def find_unreadable(paths: Sequence[str], num_workers: int) -> list[tuple[int, str]]:
+    """Decode every picture once, each rank its share, and tell which ones are refused. A collective.
+
+    Args:
+        paths: the n files, the same on every rank.
+        num_workers: processes of each rank that decode; 0 decodes in this one.
+
+    Returns:
+        The refused pictures' places in ``paths`` with the end of the sentence "the picture ...", in order, on every
+        rank: ``[(17, "is empty (0 bytes)")]``.
+    """
+    loader = DataLoader(
+        _Refusals(paths, distributed.share(len(paths))), batch_size=32, num_workers=num_workers, collate_fn=list
+    )
+    own = [refused for batch in progress(loader, "check pictures", unit="batch") for refused in batch if refused]
+    return sorted(refused for ranks_own in distributed.gather_objects(own) for refused in ranks_own)
+
+
+class _Refusals(Dataset[tuple[int, str] | None]):
+    """For each of some rows of ``paths``: None, or the row and why it is refused."""
+
+    def __init__(self, paths: Sequence[str], rows: Sequence[int]) -> None:
+        self.paths = paths
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[int, str] | None:
+        row = self.rows[index]
+        try:
+            _decode(self.paths[row])
+        except _Refused as refusal:
+            return row, str(refusal)
+        return None
+
+
+def _decode(path: str | Path) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # Pillow's doubts (a broken EXIF block, a size half way to the limit) are no reason to refuse.
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
+                image.draft(None, (DRAFT_SIDE, DRAFT_SIDE))
+                ImageOps.exif_transpose(image, in_place=True)
+                return _to_rgb(image)
+    except _Refused:
+        raise
+    except FileNotFoundError as error:
+        raise _Refused("does not exist") from error
+    except UnidentifiedImageError as error:
+        raise _Refused(_why_unidentified(Path(path))) from error
+    except Image.DecompressionBombError as error:
+        raise _Refused(f"has more than {MAX_PIXELS:,} pixels") from error
+    except Exception as error:  # Pillow's decoders raise nearly anything on broken files: OSError, SyntaxError, ...
+        raise _Refused(f"cannot be decoded ({error})") from error
+
+
+def _why_unidentified(path: Path) -> str:
+    if path.stat().st_size == 0:
+        return "is empty (0 bytes)"
+    return f"is in none of the formats {', '.join(sorted(set(FORMATS.values())))}"
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # Pillow's own conversion would cut 16-bit greys off at 255
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise _Refused("has 32-bit grey values, of which none is agreed to be white")
+        return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise _Refused("has floating-point grey values, of which none is agreed to be white")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        return white.convert("RGB")
+    return image.convert("RGB")

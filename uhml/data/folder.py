@@ -1,0 +1,96 @@
+"""Any folder of pictures, with or without class folders."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from uhml.data.decode import FORMATS
+from uhml.data.pictures import Pictures, Splits
+from uhml.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PARTS = {"train", "training", "test", "val", "valid", "validation"}
+"""Names of folders that are parts of a data set, not classes."""
+
+
+def folder(root: Path | None) -> Splits:
+    """List every picture below ``root``, in sorted order.
+
+    Where folders below ``root`` hold all the pictures, they are the classes, whatever lies deeper; a single folder that
+    holds everything is looked into first. The first half of the classes by sorted name trains, the other half tests.
+    Otherwise every picture trains and nothing is scored.
+
+    Hidden files and folders are passed over, and so are files that are no pictures by their suffix (``FORMATS``).
+
+    Args:
+        root: the folder; links in it are followed.
+
+    Raises:
+        UserError: it is none, it holds no picture, or its folders are named train and test.
+    """
+    if root is None:
+        raise UserError("data.dataset=folder needs data.root: the folder with the pictures.")
+    if not root.is_dir():
+        raise UserError(f"data.root={root} is no folder; data.dataset=folder expects one with pictures.")
+    paths, num_others = [], 0
+    for path in _files(root):
+        if path.suffix.lower() in FORMATS:
+            paths.append(path)
+        else:
+            num_others += 1
+    if num_others:
+        logger.info("%s: passed over %s files that are no pictures", root, f"{num_others:,}")
+    if not paths:
+        raise UserError(f"data.root={root} holds no picture ({', '.join(FORMATS)}), nor do folders below it.")
+    paths.sort()
+    base = Path(os.path.commonpath([path.parent for path in paths]))
+    inside = [path.relative_to(base).parts for path in paths]
+    loose = [path for path, parts in zip(paths, inside, strict=True) if len(parts) == 1]
+    if loose:
+        if len(loose) < len(paths):
+            logger.warning(
+                "%s of the %s pictures, first %s, lie in no class folder, so there are no classes to score on",
+                f"{len(loose):,}",
+                f"{len(paths):,}",
+                loose[0],
+            )
+        return Splits(train=Pictures(paths=tuple(map(str, paths))))
+    classes = [parts[0] for parts in inside]
+    if {name.lower() for name in classes} <= PARTS:
+        raise UserError(
+            f"The folders in {base} are named {', '.join(sorted(set(classes)))}: parts of a data set, not classes. "
+            "Point data.root to one of them, or use data.dataset=list with a column split."
+        )
+    return split_by_class(list(map(str, paths)), classes)
+
+
+def split_by_class(paths: list[str], classes: list[str], super_classes: list[str] | None = None) -> Splits:
+    """Split pictures by class: the first half of the sorted classes, the greater one, trains; the rest tests."""
+    names = sorted(set(classes))
+    train_names = set(names[: (len(names) + 1) // 2])
+
+    def part(is_train: bool) -> Pictures:
+        rows = [i for i, name in enumerate(classes) if (name in train_names) == is_train]
+        return Pictures.from_names(
+            [paths[i] for i in rows],
+            [classes[i] for i in rows],
+            None if super_classes is None else [super_classes[i] for i in rows],
+        )
+
+    if len(names) < 4:
+        logger.warning("of %d classes, %d are left to score on: any model finds them", len(names), len(names) // 2)
+    return Splits(train=part(True), test=part(False) if len(names) > 1 else None)
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Yield the files below ``root`` that are not hidden. Links are followed, but not back up."""
+    for where, folders, files in os.walk(root, followlinks=True):
+        here = os.path.realpath(where) + os.sep
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not here.startswith(os.path.realpath(os.path.join(where, name)) + os.sep)
+        ]
+        yield from (Path(where, name) for name in files if not name.startswith("."))

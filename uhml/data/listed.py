@@ -1,0 +1,92 @@
+"""Pictures that a text or CSV file lists."""
+
+import csv
+import logging
+from pathlib import Path
+
+from uhml.data.folder import split_by_class
+from uhml.data.pictures import Pictures, Splits
+from uhml.data.reading import check_exist, read_lines
+from uhml.errors import UserError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("path", "label", "super_label", "split")
+
+
+def listed(root: Path | None) -> Splits:
+    """List the pictures that a file names; relative paths start at the file's own folder.
+
+    A file ``*.csv`` has a header with the column ``path`` and, where wanted, ``label``, ``super_label`` and ``split``
+    (train or test); any other file has a path on each line. With labels but no split, the first half of the sorted
+    labels trains and the other half tests, as for class folders. Without labels nothing is scored.
+
+    Args:
+        root: the file.
+
+    Raises:
+        UserError: there is no such file, it is not of this form, it lists no pictures, or some are missing.
+    """
+    if root is None:
+        raise UserError("data.dataset=list needs data.root: the text or CSV file that lists the pictures.")
+    if root.is_dir():
+        raise UserError(f"data.root={root} is a folder; data.dataset=list expects a text or CSV file.")
+    is_csv = root.suffix.lower() == ".csv"
+    columns = _read_csv(root) if is_csv else {"path": [line for line in read_lines(root) if line.strip()]}
+    paths = [str(root.parent / path) for path in columns["path"]]
+    if not paths:
+        raise UserError(f"{root} lists no pictures.")
+    check_exist(paths, root)
+    labels, super_labels, split = (columns.get(column) for column in COLUMNS[1:])
+    if labels is None:
+        return Splits(train=Pictures(paths=tuple(paths)))
+    if split is None:
+        return split_by_class(paths, labels, super_labels)
+    parts = {}
+    for part in ("train", "test"):
+        rows = [i for i, name in enumerate(split) if name == part]
+        if rows:
+            parts[part] = Pictures.from_names(
+                [paths[i] for i in rows],
+                [labels[i] for i in rows],
+                None if super_labels is None else [super_labels[i] for i in rows],
+            )
+    if "train" not in parts:
+        raise UserError(f"{root}: no row has the split train.")
+    if "test" in parts and (both := set(parts["train"].class_names) & set(parts["test"].class_names)):
+        logger.warning(
+            "%s: %d labels, such as %r, are in train and test: not only unseen classes are scored",
+            root,
+            len(both),
+            min(both),
+        )
+    return Splits(**parts)
+
+
+def _read_csv(file: Path) -> dict[str, list[str]]:
+    """Return the columns of ``COLUMNS`` that ``file`` has."""
+    reader = csv.DictReader(read_lines(file))
+    header = list(reader.fieldnames or ())
+    if "path" not in header:
+        raise UserError(
+            f"{file}, line 1: expected a header with the column path, found {', '.join(header) or 'nothing'}."
+        )
+    for other in set(header) - set(COLUMNS):
+        if guess := did_you_mean(other, COLUMNS):
+            raise UserError(f"{file}, line 1: the column {other!r} means nothing here.{guess}")
+    known = [column for column in COLUMNS if column in header]
+    if "label" not in known and len(known) > 1:
+        raise UserError(f"{file}, line 1: the column {known[1]} needs a column label beside it.")
+    columns: dict[str, list[str]] = {column: [] for column in known}
+    for row in reader:
+        for column in known:
+            value = row[column]
+            if not value or None in row:
+                raise UserError(
+                    f"{file}, line {reader.line_num}: expected {len(header)} fields ({', '.join(header)}) "
+                    f"and none of {', '.join(known)} empty."
+                )
+            if column == "split" and value not in ("train", "test"):
+                raise UserError(f"{file}, line {reader.line_num}: expected the split train or test, found {value!r}.")
+            columns[column].append(value)
+    return columns

@@ -1,0 +1,113 @@
+"""What the data sets' readers share: finding the folder, reading tables, and the sentences when something is off."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from uhml.errors import UserError
+
+
+def find_home(root: Path | None, name: str, folder: str, markers: Sequence[str]) -> Path:
+    """Return the folder of an official data set: ``root``, or ``root/folder`` as its archive unpacks.
+
+    Args:
+        root: what ``data.root`` says.
+        name: what ``data.dataset`` says.
+        folder: the data set's folder in its archive.
+        markers: files or folders below it; one of them must be there.
+
+    Raises:
+        UserError: none is.
+    """
+    expected = " or ".join(markers)
+    if root is None:
+        raise UserError(f"data.dataset={name} needs data.root: the folder {folder} with {expected} in it.")
+    for home in (root, root / folder):
+        if any((home / marker).exists() for marker in markers):
+            return home
+    found = "is no folder" if not root.is_dir() else f"holds {_some(sorted(os.listdir(root)))}"
+    raise UserError(
+        f"data.root={root} {found}; data.dataset={name} expects {expected} in it or in its folder {folder}."
+    )
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 text file, without their ends.
+
+    Raises:
+        UserError: there is no such file, or it is no such text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}.") from error
+
+
+def read_table(path: Path, columns: str, *, skip: int = 0) -> list[list[str]]:
+    """Return the fields of every line of a table with columns between blanks. Blank lines are passed over.
+
+    Args:
+        path: the file.
+        columns: what the columns are called, between blanks: "image_id class_id".
+        skip: the number of lines before the first row.
+
+    Raises:
+        UserError: there is no such file, it has no rows, or a line has too many or too few fields.
+    """
+    num_columns = len(columns.split())
+    rows = []
+    for number, line in enumerate(read_lines(path)[skip:], start=skip + 1):
+        fields = line.split()
+        if fields and len(fields) != num_columns:
+            raise UserError(
+                f"{path}, line {number}: expected {num_columns} fields ({columns}), found {len(fields)}: {line!r}."
+            )
+        if fields:
+            rows.append(fields)
+    if not rows:
+        raise UserError(f"{path} lists nothing; expected lines of {columns}.")
+    return rows
+
+
+def check_header(path: Path, line: int, header: str) -> None:
+    """Check that line ``line`` (from 1) of a table is ``header``, whatever the blanks between its words.
+
+    Raises:
+        UserError: it is not.
+    """
+    lines = read_lines(path)
+    found = lines[line - 1] if len(lines) >= line else ""
+    if found.split() != header.split():
+        raise UserError(f"{path}, line {line}: expected the header {header!r}, found {found!r}.")
+
+
+def check_exist(paths: Sequence[str], listed_in: Path) -> None:
+    """Check that pictures that a file lists are there.
+
+    Raises:
+        UserError: some are not.
+    """
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise UserError(
+            f"{listed_in} lists {len(paths):,} pictures, of which {len(missing):,} are missing, first {missing[0]}."
+        )
+
+
+def check_int(text: str, what: str, path: Path) -> int:
+    """Return ``text`` as a number.
+
+    Raises:
+        UserError: it is none; the sentence says of ``what`` in which file.
+    """
+    if not text.isdecimal():
+        raise UserError(f"{path}: expected a number as {what}, found {text!r}.")
+    return int(text)
+
+
+def _some(names: Sequence[str], at_most: int = 4) -> str:
+    return (
+        ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "") or "nothing"
+    )
