@@ -12,7 +12,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist  # noqa: TID251 (this is the one module that may)
@@ -168,6 +168,29 @@ def gather_objects(value: T) -> list[T]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def on_every_rank(work: Callable[[], T]) -> T:
+    """Run ``work``, which is no collective itself, on every rank. An error on any rank is raised on every rank.
+
+    Raises:
+        UserError: ``work`` raised one on some rank.
+        RuntimeError: on the other ranks, when ``work`` raised anything else on some rank.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as e:
+        error = e
+    # Without this the ranks that went well would wait in their next collective for one that never comes.
+    failures = gather_objects(None if error is None else (isinstance(error, UserError), str(error) or repr(error)))
+    if error is not None:
+        raise error
+    for number, failure in enumerate(failures):
+        if failure is not None:
+            is_users, message = failure
+            raise (UserError if is_users else RuntimeError)(f"rank {number} failed: {message}")
+    return cast(T, result)
 
 
 def on_main(work: Callable[[], T]) -> T | None:
