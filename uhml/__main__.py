@@ -1,0 +1,7 @@
+"""``python -m uhml``."""
+
+import sys
+
+from uhml.cli import main
+
+sys.exit(main())

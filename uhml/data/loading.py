@@ -1,0 +1,114 @@
+"""Pictures to tensors in worker processes: all of a rank's share once, or the batches that mining chose."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from uhml import distributed
+from uhml.data.decode import load_rgb
+from uhml.data.pictures import Pictures
+
+Transform = Callable[..., Tensor]
+
+
+class _Share(Dataset[Tensor]):
+    """This rank's share of the pictures, in order."""
+
+    def __init__(self, pictures: Pictures, transform: Transform) -> None:
+        self.pictures, self.transform = pictures, transform
+        self.rows = distributed.share(len(pictures))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.transform(load_rgb(self.pictures.paths[self.rows[i]]))
+
+
+def share_loader(pictures: Pictures, transform: Transform, batch_size: int, num_workers: int) -> DataLoader[Tensor]:
+    """Return a loader of this rank's share of ``pictures``: each once, in order, the last batch as short as it is.
+
+    Yields:
+        Images ``[b, 3, h, w]``.
+    """
+    return DataLoader(_Share(pictures, transform), batch_size, num_workers=num_workers)
+
+
+class _View:
+    """One row of the global batch of one step."""
+
+    __slots__ = ("picture", "row", "step")
+
+    def __init__(self, picture: int, step: int, row: int) -> None:
+        self.picture, self.step, self.row = picture, step, row
+
+
+class _Views(Dataset[tuple[Tensor, int]]):
+    """Augmented views, each a pure function of the seed, the step and its row in the global batch.
+
+    So neither the number of ranks nor of workers, nor an interruption, changes what is seen.
+    """
+
+    def __init__(self, pictures: Pictures, transform: Transform, seed: int) -> None:
+        self.pictures, self.transform, self.seed = pictures, transform, seed
+
+    def __getitem__(self, view: _View) -> tuple[Tensor, int]:
+        image = load_rgb(self.pictures.paths[view.picture])
+        # torchvision's transforms draw from torch's global generator; leave it as it was for the training process.
+        with torch.random.fork_rng(devices=[]):
+            seed = np.random.SeedSequence((self.seed, view.step, view.row)).generate_state(1, np.uint64)[0]
+            torch.default_generator.manual_seed(int(seed))
+            return self.transform(image), view.picture
+
+
+class _RankBatches:
+    """This rank's rows of the global batches of some steps."""
+
+    def __init__(self, batch_of_step: Callable[[int], NDArray[np.int64]], steps: range, num_views: int) -> None:
+        self.batch_of_step, self.steps, self.num_views = batch_of_step, steps, num_views
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[_View]]:
+        for step in self.steps:
+            rows = np.repeat(self.batch_of_step(step), self.num_views)
+            views = [_View(int(picture), step, row) for row, picture in enumerate(rows)]
+            own = len(views) // distributed.world_size()
+            yield views[distributed.rank() * own :][:own]
+
+
+def training_batches(
+    pictures: Pictures,
+    transform: Transform,
+    batch_of_step: Callable[[int], NDArray[np.int64]],
+    steps: range,
+    *,
+    num_views: int,
+    seed: int,
+    num_workers: int,
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Return a loader of this rank's part of the global batches of ``steps``.
+
+    Args:
+        pictures: the training pictures.
+        transform: the augmentation.
+        batch_of_step: step to the global batch, ``[B / num_views]`` indices of pictures.
+        steps: the steps to make batches for.
+        num_views: views of each picture.
+        seed: of the run.
+        num_workers: processes that read and augment.
+
+    Yields:
+        Images ``[B / world_size, 3, h, w]`` and their pictures' indices ``[B / world_size]``.
+    """
+    return DataLoader(
+        _Views(pictures, transform, seed),
+        batch_sampler=_RankBatches(batch_of_step, steps, num_views),  # type: ignore[arg-type]
+        num_workers=num_workers,
+        prefetch_factor=4 if num_workers else None,
+    )

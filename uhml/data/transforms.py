@@ -1,0 +1,43 @@
+"""Picture to tensor: the random crop of training and the plain one of everything else."""
+
+import torch
+from torch import nn
+from torchvision.transforms import InterpolationMode, v2
+
+from uhml.config import DataConfig
+
+BICUBIC = InterpolationMode.BICUBIC
+
+
+def training_transform(config: DataConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> nn.Module:
+    """Return the augmentation: random crop, flip and colours, to a float tensor ``[3, image_size, image_size]``.
+
+    Args:
+        config: sizes and strengths.
+        mean: of each colour channel, as the backbone expects it, of values in 0..1.
+        std: likewise.
+    """
+    steps: list[nn.Module] = [
+        v2.RandomResizedCrop(
+            config.image_size, scale=config.augment_scale, ratio=config.augment_ratio, interpolation=BICUBIC
+        )
+    ]
+    if config.augment_flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if config.augment_color:
+        steps.append(v2.ColorJitter(*[config.augment_color] * 3))
+    return v2.Compose([*steps, *_to_tensor(mean, std)])
+
+
+def plain_transform(config: DataConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> nn.Module:
+    """Return what brings a picture to the network where nothing is random: clustering and evaluation."""
+    side = config.image_size
+    if config.fit == "squash":
+        steps: list[nn.Module] = [v2.Resize((side, side), interpolation=BICUBIC)]
+    else:
+        steps = [v2.Resize(round(side / config.center_crop), interpolation=BICUBIC), v2.CenterCrop(side)]
+    return v2.Compose([*steps, *_to_tensor(mean, std)])
+
+
+def _to_tensor(mean: tuple[float, ...], std: tuple[float, ...]) -> list[nn.Module]:
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]

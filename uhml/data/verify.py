@@ -1,0 +1,46 @@
+"""From the data section of the config to pictures that are known to be readable."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from uhml.config import DataConfig
+from uhml.data.datasets import load_splits
+from uhml.data.decode import UnreadablePicture, find_unreadable
+from uhml.data.pictures import Pictures, Splits
+
+logger = logging.getLogger(__name__)
+
+
+def load_pictures(config: DataConfig) -> Splits:
+    """List the pictures of the data set and decode each once, so that no run stumbles over a bad one. A collective.
+
+    Raises:
+        UserError: the data set is not as it should be.
+        UnreadablePicture: a picture cannot be read, and ``data.skip_corrupt`` is not set.
+    """
+    splits = load_splits(config.dataset, Path(config.root) if config.root else None, config.num_classes)
+    parts = {"train": splits.train, "test": splits.test, "gallery": splits.gallery}
+    readable = {name: _readable(part, name, config) for name, part in parts.items() if part is not None}
+    for name, part in readable.items():
+        classes = f" of {len(np.unique(part.labels))} classes" if part.labels is not None else ""
+        logger.info("%s: %d pictures%s", name, len(part), classes)
+    return Splits(**readable)
+
+
+def _readable(pictures: Pictures, name: str, config: DataConfig) -> Pictures:
+    refused = find_unreadable(pictures.paths, config.num_workers)
+    if not refused:
+        return pictures
+    first = f"{pictures.paths[refused[0][0]]} {refused[0][1]}"
+    if not config.skip_corrupt:
+        more = f" ({len(refused)} such pictures in the {name} part)" if len(refused) > 1 else ""
+        raise UnreadablePicture(
+            f"The picture {first}{more}. Mend or remove it, or add data.skip_corrupt=true to go on without."
+        )
+    logger.warning("Going on without %d unreadable %s pictures, the first being %s.", len(refused), name, first)
+    for row, reason in refused:
+        logger.info("left out: %s %s", pictures.paths[row], reason)
+    left = np.setdiff1d(np.arange(len(pictures)), [row for row, _ in refused])
+    return pictures.select(left)

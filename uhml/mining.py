@@ -1,0 +1,74 @@
+"""Batches from the hierarchy: P clusters of the finest level, M pictures of each, the same for any number of ranks."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uhml.errors import UserError
+
+
+class ClusterBatches:
+    """The batch of every step, as a pure function of seed, step and levels.
+
+    Clusters are drawn in proportion to their size, so that all pictures have about the same chance, and at least two
+    pictures are wanted of each. A cluster with fewer than M pictures is filled up from its nearest relatives in the
+    tree: first from the cluster that holds it on the next level, then the next, at last from all pictures. No
+    picture is in a batch twice.
+
+    Args:
+        levels: ``[K, n]``, int32, nested clusters, finest level first.
+        num_clusters: P.
+        pictures_per_cluster: M.
+        seed: of the run.
+
+    Raises:
+        UserError: a batch needs more pictures than there are.
+    """
+
+    def __init__(self, levels: NDArray[np.int32], num_clusters: int, pictures_per_cluster: int, seed: int) -> None:
+        num_pictures = levels.shape[1]
+        if num_clusters * pictures_per_cluster > num_pictures:
+            raise UserError(
+                f"A batch takes {num_clusters} clusters x {pictures_per_cluster} pictures and there are only "
+                f"{num_pictures} training pictures: lower train.global_batch_size."
+            )
+        self.num_clusters, self.pictures_per_cluster, self.seed = num_clusters, pictures_per_cluster, seed
+        # In this order every cluster of every level is one run of pictures, since the levels are nested.
+        self.order = np.lexsort(levels)
+        finest = levels[0][self.order]
+        starts = np.flatnonzero(np.r_[True, finest[1:] != finest[:-1]])
+        self.runs = [
+            np.stack([starts, np.r_[starts[1:], num_pictures]])
+        ]  # per level: [2, clusters of the finest level]
+        for level in levels[1:]:
+            coarse = level[self.order]
+            bounds = np.r_[np.flatnonzero(np.r_[True, coarse[1:] != coarse[:-1]]), num_pictures]
+            at = np.searchsorted(bounds, starts, side="right")
+            self.runs.append(np.stack([bounds[at - 1], bounds[at]]))
+        self.runs.append(np.stack([np.zeros_like(starts), np.full_like(starts, num_pictures)]))
+        sizes = self.runs[0][1] - self.runs[0][0]
+        weights = np.where(sizes > 1, sizes, 0) if (sizes > 1).sum() >= num_clusters else sizes
+        self.probability = weights / weights.sum()
+
+    def __call__(self, step: int) -> NDArray[np.int64]:
+        """Return the batch of a step: ``[P * M]`` indices of pictures, cluster by cluster."""
+        random = np.random.default_rng((self.seed, step))
+        # With fewer clusters than P, some of them come twice.
+        twice = np.count_nonzero(self.probability) < self.num_clusters
+        clusters = random.choice(len(self.probability), self.num_clusters, replace=twice, p=self.probability)
+        taken: set[int] = set()
+        batch: list[int] = []
+        for cluster in clusters:
+            wanted = self.pictures_per_cluster
+            for starts, ends in self.runs:
+                free = [row for row in self._draw(random, starts[cluster], ends[cluster]) if row not in taken][:wanted]
+                taken.update(free)
+                batch += free
+                wanted -= len(free)
+                if not wanted:
+                    break
+        return self.order[batch]
+
+    def _draw(self, random: np.random.Generator, start: int, end: int) -> NDArray[np.int64]:
+        """Draw different rows of a run, enough that M of them are free whatever is taken; all of a short run."""
+        most = self.num_clusters * self.pictures_per_cluster
+        return start + random.choice(end - start, min(most, end - start), replace=False)

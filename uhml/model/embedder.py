@@ -1,0 +1,41 @@
+"""Backbone and hyperbolic head together."""
+
+import torch
+from torch import Tensor, nn
+
+from uhml.config import ModelConfig
+from uhml.model.backbone import Backbone, build_backbone
+from uhml.model.head import HyperbolicHead
+
+
+class Embedder(nn.Module):
+    """Pictures to points of the Poincaré ball.
+
+    Args:
+        backbone: pictures to features.
+        head: features to points.
+        precision: of the backbone in training mode, "float32" or "bfloat16".
+        inference_precision: of the backbone in evaluation mode.
+    """
+
+    def __init__(self, backbone: Backbone, head: HyperbolicHead, precision: str, inference_precision: str) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.precision, self.inference_precision = precision, inference_precision
+
+    def features(self, images: Tensor) -> Tensor:
+        """Map ``[b, 3, h, w]`` to the backbone's features ``[b, num_features]``, float32."""
+        bfloat16 = (self.precision if self.training else self.inference_precision) == "bfloat16"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+            return self.backbone(images).float()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map ``[b, 3, h, w]`` to points of the ball ``[b, embedding_dim]``, float32."""
+        return self.head(self.features(images))
+
+
+def build_embedder(config: ModelConfig, image_size: int) -> Embedder:
+    """Make the network that the config describes; the head still waits for :meth:`HyperbolicHead.start`."""
+    backbone = build_backbone(config, image_size)
+    head = HyperbolicHead(backbone.num_features, config.embedding_dim, config.curvature, config.clip_radius)
+    return Embedder(backbone, head, config.precision, config.inference_precision)

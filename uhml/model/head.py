@@ -1,0 +1,113 @@
+"""The hyperbolic head: linear layer, feature clip, exponential map into the Poincaré ball."""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from uhml import distributed, poincare
+from uhml.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureMoments:
+    """Mean and covariance of the training pictures' frozen features, over all ranks.
+
+    Attributes:
+        mean: ``[num_features]``, float64.
+        covariance: ``[num_features, num_features]``, float64.
+        num_pictures: pictures they were taken over.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    num_pictures: int
+
+    @classmethod
+    def over_ranks(cls, own_features: Tensor) -> "FeatureMoments":
+        """Take the moments over every rank's ``[n, num_features]``. A collective: sums travel, not features."""
+        own = own_features.double()
+        count = distributed.all_reduce_sum(torch.tensor(float(len(own)), device=own.device))
+        mean = distributed.all_reduce_sum(own.sum(0)) / count
+        centred = own - mean
+        covariance = distributed.all_reduce_sum(centred.T @ centred) / count
+        return cls(mean, covariance, int(count))
+
+
+class HyperbolicHead(nn.Module):
+    """``z = exp_0( clip_r( scale · (W f + b) ) )``, in float32 whatever the backbone computes in.
+
+    The clip ``v · min(1, r/|v|)`` is Guo et al.'s (CVPR 2022). ``scale`` is a constant beside the weights, so that
+    these stay at unit scale, where Adam's steps suit them.
+
+    Args:
+        num_features: of the backbone.
+        embedding_dim: dimensions of the ball.
+        curvature: c >= 0; with 0 the exponential map is the identity.
+        clip_radius: r > 0.
+    """
+
+    scale: Tensor
+
+    def __init__(self, num_features: int, embedding_dim: int, curvature: float, clip_radius: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(num_features, embedding_dim)
+        self.register_buffer("scale", torch.ones(()))
+        self.curvature, self.clip_radius = curvature, clip_radius
+        self.ball = poincare.ball(curvature)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features ``[b, num_features]`` to points of the ball ``[b, embedding_dim]``, float32."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.ball.expmap0(self.clip(self.tangent(features)))
+
+    def tangent(self, features: Tensor) -> Tensor:
+        """Return the tangent vectors at the origin before the clip, ``[b, embedding_dim]``."""
+        return self.scale * self.linear(features.float())
+
+    def clip(self, tangent: Tensor) -> Tensor:
+        """Pull vectors longer than the clip radius back to it."""
+        norm = tangent.norm(dim=-1, keepdim=True)
+        return tangent * (self.clip_radius / norm.clamp_min(self.clip_radius))
+
+    @torch.no_grad()
+    def start(self, init: str, moments: FeatureMoments, start_norm: float) -> None:
+        """Set the layer's first weights, and the scale that goes with them.
+
+        Args:
+            init: "whitened_pca", "orthogonal" or "random", see ``model.head_init``.
+            moments: of the training pictures' frozen features.
+            start_norm: root mean square norm of the tangent vectors, in units of the clip radius.
+
+        Raises:
+            UserError: whitening into more dimensions than the features have.
+        """
+        weight = self.linear.weight
+        if init == "whitened_pca":
+            weight.copy_(_whitening(moments, self.linear.out_features))
+        elif init == "orthogonal":
+            nn.init.orthogonal_(weight)
+        # Centred for every start: what all pictures have in common says nothing about any two of them.
+        self.linear.bias.copy_(-(weight.double() @ moments.mean.to(weight.device)))
+        covariance = moments.covariance.to(weight.device)
+        mean_square = torch.einsum("ij,jk,ik->", weight.double(), covariance, weight.double())
+        self.scale.copy_(start_norm * self.clip_radius / mean_square.sqrt().clamp_min(1e-12))
+
+
+def _whitening(moments: FeatureMoments, num_axes: int) -> Tensor:
+    """Principal axes, each divided by the square root of its singular value: ``[num_axes, num_features]``.
+
+    That is half of the way to full whitening, which would drown the picture in its weakest axes.
+    """
+    num_features = len(moments.mean)
+    if num_axes > num_features:
+        raise UserError(
+            f"model.embedding_dim={num_axes} is more than the backbone's {num_features} features; "
+            "model.head_init=whitened_pca needs at most as many."
+        )
+    variances, axes = torch.linalg.eigh(moments.covariance.cpu())
+    variances, axes = variances.flip(0)[:num_axes], axes.flip(1)[:, :num_axes]
+    # eigh leaves each axis' sign open; fix it, so that every machine starts from the same head.
+    signs = axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    floor = variances[0] * 1e-6
+    return (axes * signs / variances.clamp_min(floor).pow(0.25)).T * variances[0].pow(0.25)

@@ -1,0 +1,49 @@
+"""The Poincaré ball of curvature -c: { x : c |x|² < 1 }. Flat space is the limit c = 0, and allowed everywhere.
+
+The exponential map is geoopt's. The distance between all pairs is our own: geoopt's goes by Möbius addition and
+artanh, which loses float32 digits first where points lie close together or near the edge; the arsinh form keeps them.
+"""
+
+import math
+
+import geoopt
+import torch
+from torch import Tensor
+
+
+def ball(curvature: float) -> geoopt.PoincareBall:
+    """Return geoopt's ball of sectional curvature ``-curvature``."""
+    return geoopt.PoincareBall(c=curvature)
+
+
+def distance_matrix(x: Tensor, y: Tensor, curvature: float) -> Tensor:
+    """Distances in the ball between all points of two sets, differentiable, with gradient 0 where points coincide.
+
+    ``d(x, y) = 2/sqrt(c) arsinh( sqrt(c) |x-y| / sqrt((1 - c|x|²)(1 - c|y|²)) )``, and ``2 |x-y|`` for c = 0.
+
+    Args:
+        x: ``[n, d]``, points of the ball.
+        y: ``[m, d]``, points of the ball.
+        curvature: c >= 0.
+
+    Returns:
+        ``[n, m]``, in units of length of the ball.
+    """
+    # Not by the matrix product |x|² + |y|² - 2xy, which cancels for close points, the very pairs that matter.
+    euclidean = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    if curvature == 0:
+        return 2 * euclidean
+    root = math.sqrt(curvature)
+    shrink_x = (1 - curvature * x.square().sum(-1)).sqrt()
+    shrink_y = (1 - curvature * y.square().sum(-1)).sqrt()
+    return 2 / root * torch.asinh(root * euclidean / (shrink_x[:, None] * shrink_y[None, :]))
+
+
+def tangent_norm(points: Tensor, curvature: float) -> Tensor:
+    """Return ``|v|`` of the tangent vectors at the origin that the points ``[n, d]`` are the exponentials of, ``[n]``.
+
+    It is half of the distance to the origin.
+    """
+    norm = points.norm(dim=-1)
+    root = math.sqrt(curvature)
+    return torch.atanh((root * norm).clamp_max(1 - 1e-7)) / root if curvature > 0 else norm

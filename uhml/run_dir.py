@@ -1,0 +1,47 @@
+"""The folder of a run: made once, by rank 0, and never over a run that is there already."""
+
+import shutil
+from pathlib import Path
+
+from uhml import distributed
+from uhml.config import Config, dump_config
+from uhml.errors import UserError
+from uhml.logs import log_to_file
+
+CONTENTS = ("config.yaml", "metrics.jsonl", "result.json", "checkpoints", "hierarchy.npz", "tensorboard", "logs")
+
+
+def prepare_run_dir(run_dir: Path, config: Config, overwrite: bool) -> None:
+    """Make the folder of a run with its config, and send every rank's log to ``logs/rank<r>.log``. A collective.
+
+    Args:
+        run_dir: the folder.
+        config: written to ``config.yaml``, with everything resolved.
+        overwrite: remove the run that is there, and nothing but what a run leaves.
+
+    Raises:
+        UserError: the folder holds a run or something else, or cannot be written.
+    """
+
+    def make() -> None:
+        present = sorted(p.name for p in run_dir.iterdir()) if run_dir.is_dir() else []
+        strange = [name for name in present if name not in CONTENTS]
+        if strange:
+            raise UserError(f"{run_dir} holds {strange[0]!r}, which no run leaves: name another folder by --run-dir.")
+        if present and not overwrite:
+            raise UserError(f"{run_dir} holds a run already: name another folder by --run-dir, or add --overwrite.")
+        for name in present:
+            path = run_dir / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for name in ("checkpoints", "logs"):
+            (run_dir / name).mkdir(parents=True)
+        (run_dir / "config.yaml").write_text(dump_config(config))
+
+    def make_or_explain() -> None:
+        try:
+            make()
+        except OSError as e:
+            raise UserError(f"The run's folder {run_dir} cannot be written: {e}") from e
+
+    distributed.on_main(make_or_explain)
+    log_to_file(run_dir / "logs" / f"rank{distributed.rank()}.log")
