@@ -310,7 +310,7 @@ def describe_keys() -> str:
 
 
 def _sections() -> dict[str, Any]:
-    return {field.name: field.type for field in dataclasses.fields(Config)}
+    return {field.name: field.type for field in dataclasses.fields(Config)}  # type: ignore[arg-type]
 
 
 def _choices(annotation: Any) -> list[str]:

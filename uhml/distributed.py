@@ -10,6 +10,7 @@ Rows that are spread over ranks are always spread the same way: rank ``r`` of ``
 
 import contextlib
 import datetime
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
@@ -132,7 +133,7 @@ class _GatherWithGradient(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient[rank() * ctx.num_own :][: ctx.num_own]
@@ -244,5 +245,8 @@ def data_parallel(model: nn.Module) -> nn.Module:
     """Wrap ``model`` so that backward averages gradients over ranks; with one process, the model itself."""
     if world_size() == 1:
         return model
-    # Buffers are statistics fixed before training and equal everywhere: nothing to broadcast each step.
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    # Buffers are statistics fixed before training and equal everywhere: nothing to send each step. torch 2.15 renamed
+    # the option and warns of the old name.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    option: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(model, **option)

@@ -1,39 +1,40 @@
 """Embed a whole set of pictures: each rank its share, once, without padding."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from uhml.config import Config
-from uhml.data.loading import Transform, share_loader
+from uhml.data.loading import share_loader
 from uhml.data.pictures import Pictures
+from uhml.data.transforms import plain_transform
+from uhml.model import Embedder
 from uhml.progress import progress
 
 
 @torch.inference_mode()
 def embed_share(
-    embed: Callable[[Tensor], Tensor],
-    pictures: Pictures,
-    transform: Transform,
-    config: Config,
-    device: torch.device,
-    description: str,
+    model: Embedder, pictures: Pictures, config: Config, description: str, *, features: bool = False
 ) -> Tensor:
-    """Apply ``embed`` to this rank's share of the pictures.
+    """Embed this rank's share of the pictures.
 
     Args:
-        embed: images ``[b, 3, h, w]`` on the device to rows ``[b, d]``; a network in evaluation mode.
+        model: left in evaluation mode.
         pictures: all n pictures.
-        transform: picture to image.
-        config: for ``eval.batch_size`` and ``data.num_workers``.
-        device: where to compute.
+        config: for the size of pictures and batches and the number of workers.
         description: for the progress bar.
+        features: return the backbone's features instead of points of the ball.
 
     Returns:
-        ``[len(share(n)), d]``, on the device; :func:`uhml.distributed.all_gather_shares` puts the shares together.
+        ``[len(share(n)), d]``, on the model's device; :func:`uhml.distributed.all_gather_shares` puts the shares
+        together.
     """
+    model.eval()
+    embed = model.features if features else model
+    transform = plain_transform(config.data, model.backbone.mean, model.backbone.std)
     loader = share_loader(pictures, transform, config.eval.batch_size, config.data.num_workers)
-    rows = [embed(images.to(device, non_blocking=True)) for images in progress(loader, description, unit="batch")]
+    rows = [embed(images.to(model.device, non_blocking=True)) for images in progress(loader, description, unit="batch")]
+    if rows:
+        return torch.cat(rows)
     # A rank without a picture of its own still brings zero rows of the right width to the gather.
-    return torch.cat(rows) if rows else embed(torch.zeros(1, 3, *[config.data.image_size] * 2, device=device))[:0]
+    side = config.data.image_size
+    return embed(torch.zeros(1, 3, side, side, device=model.device))[:0]

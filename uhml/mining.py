@@ -53,7 +53,7 @@ class ClusterBatches:
         """Return the batch of a step: ``[P * M]`` indices of pictures, cluster by cluster."""
         random = np.random.default_rng((self.seed, step))
         # With fewer clusters than P, some of them come twice.
-        twice = np.count_nonzero(self.probability) < self.num_clusters
+        twice = bool(np.count_nonzero(self.probability) < self.num_clusters)
         clusters = random.choice(len(self.probability), self.num_clusters, replace=twice, p=self.probability)
         taken: set[int] = set()
         batch: list[int] = []

@@ -1,5 +1,6 @@
 """What a run tells about itself: metrics.jsonl, TensorBoard, the final table. Rank 0 writes; elsewhere it is silent."""
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -18,7 +19,7 @@ from torchvision.utils import make_grid
 from uhml import distributed
 from uhml.data.decode import load_rgb
 from uhml.data.pictures import Pictures
-from uhml.evaluate import Scores
+from uhml.metrics import Scores
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +30,11 @@ class Reporter:
     """The files of a run that people look at.
 
     Args:
-        run_dir: gets ``metrics.jsonl`` and ``tensorboard/``.
+        run_dir: gets ``metrics.jsonl``, ``tensorboard/`` and ``result.json``.
     """
 
     def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
         self.active = distributed.is_main()
         if self.active:
             self.metrics = (run_dir / "metrics.jsonl").open("a", buffering=1)
@@ -45,10 +47,11 @@ class Reporter:
             for name, value in values.items():
                 self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
-    def scores(self, name: str, step: int, scores: Scores) -> None:
-        """Record the scores of an embedding: "frozen", "start" or "trained"."""
-        recall = {f"recall_at_{k}": value for k, value in scores.recall_at_k.items()}
-        self.scalars(name, step, {**recall, "map_at_r": scores.map_at_r, "nmi": scores.nmi})
+    def scores(self, step: int, scores: dict[str, Scores] | None) -> None:
+        """Record what :func:`uhml.evaluate.score_unseen` found, one curve over the steps for each way to score."""
+        for name, found in (scores or {}).items():
+            recall = {f"recall_at_{k}": value for k, value in found.recall_at_k.items()}
+            self.scalars(f"unseen_{name}", step, {**recall, "map_at_r": found.map_at_r, "nmi": found.nmi})
 
     def hierarchy(self, step: int, levels: NDArray[np.int32], pictures: Pictures) -> None:
         """Record the sizes of the clusters on each level, and a sheet of some of them as pictures.
@@ -60,22 +63,55 @@ class Reporter:
         """
         if not self.active:
             return
-        summary = []
+        summary: list[str] = []
+        figures: dict[str, float] = {}
         for k, level in enumerate(levels, start=1):
             sizes = np.bincount(level)
             sizes = sizes[sizes > 0]
-            figures = {"clusters": len(sizes), "largest": int(sizes.max()), "singletons": int((sizes == 1).sum())}
-            self.scalars("hierarchy", step, {f"level{k}_{name}": value for name, value in figures.items()})
+            figures[f"level{k}_clusters"] = len(sizes)
+            figures[f"level{k}_largest"] = int(sizes.max())
+            figures[f"level{k}_singletons"] = int((sizes == 1).sum())
             self.tensorboard.add_histogram(f"cluster_sizes/level{k}", sizes, step)
             self.tensorboard.add_image(f"clusters/level{k}", _sheet(level, pictures), step)
             summary.append(f"{len(sizes)} clusters (largest {sizes.max()})")
+        self.scalars("hierarchy", step, figures)
         logger.info("step %d: hierarchy of %d pictures: %s", step, levels.shape[1], ", ".join(summary))
 
-    def close(self) -> None:
-        """Write out what is buffered."""
+    def finish(
+        self, before: dict[str, Scores] | None, after: dict[str, Scores] | None, num_steps: int, seconds: float
+    ) -> dict[str, Any]:
+        """Write ``result.json``, close the files and show the final table. A collective.
+
+        Args:
+            before: scores before the first step, None where there is nothing to score.
+            after: scores after the last step.
+            num_steps: steps taken.
+            seconds: the whole run took.
+
+        Returns:
+            What ``result.json`` holds.
+        """
+        result: dict[str, Any] = {
+            "frozen": dataclasses.asdict(before["backbone"]) if before else None,
+            "start": _plain(before) if before else None,
+            "trained": _plain(after) if after else None,
+            "steps": num_steps,
+            "world_size": distributed.world_size(),
+            "seconds": round(seconds, 1),
+        }
+        distributed.on_main(lambda: _write_json(self.run_dir / "result.json", result))
         if self.active:
             self.metrics.close()
             self.tensorboard.close()
+            if before and after:
+                # A pipe has no width of its own, and a table cut off at 80 columns helps nobody.
+                Console(width=None if Console().is_terminal else 120).print(
+                    _table(before, after, f"{num_steps} steps in {seconds:.0f} s on {_ranks()}")
+                )
+            else:
+                logger.info("No classes are known for these pictures, so there is nothing to score.")
+        logger.info("The run is in %s; tensorboard --logdir %s shows it.", self.run_dir, self.run_dir)
+        return result
 
 
 def _sheet(level: NDArray[np.int32], pictures: Pictures) -> torch.Tensor:
@@ -97,29 +133,36 @@ def _sheet(level: NDArray[np.int32], pictures: Pictures) -> torch.Tensor:
     return make_grid(tiles, nrow=SHEET_PICTURES, padding=2, pad_value=200)
 
 
-def result_table(rows: dict[str, Scores], steps: int, seconds: float, world_size: int) -> Table:
-    """Return the final table: a row per embedding, a column per score, in per cent."""
-    ranks = f"{world_size} ranks" if world_size > 1 else "1 process"
-    table = Table(title=f"Unseen classes, {steps} steps in {seconds:.0f} s on {ranks} (per cent)")
-    first = next(iter(rows.values()))
+def _plain(scores: dict[str, Scores]) -> dict[str, Any]:
+    """The embedding's scores as it is deployed, by the ball's distance, and the others beside them."""
+    others = {name: dataclasses.asdict(scores[name]) for name in ("cosine", "backbone")}
+    return {**dataclasses.asdict(scores["ball"]), **others}
+
+
+def _table(before: dict[str, Scores], after: dict[str, Scores], caption: str) -> Table:
+    """The final table: a row per embedding, a column per score, in per cent."""
+    table = Table(title="Unseen classes, per cent", caption=caption)
     table.add_column("embedding")
-    for name in [f"R@{k}" for k in first.recall_at_k] + ["MAP@R", "NMI"]:
+    for name in [f"R@{k}" for k in before["ball"].recall_at_k] + ["MAP@R", "NMI"]:
         table.add_column(name, justify="right")
-    for name, scores in rows.items():
+    for name, scores, style in (
+        ("frozen backbone, cosine", before["backbone"], None),
+        ("untrained embedding, ball", before["ball"], None),
+        ("trained embedding, ball", after["ball"], "bold"),
+        ("trained embedding, cosine", after["cosine"], None),
+        ("trained backbone, cosine", after["backbone"], None),
+    ):
         figures = [*scores.recall_at_k.values(), scores.map_at_r, scores.nmi]
-        table.add_row(name, *[f"{100 * figure:.1f}" for figure in figures])
+        table.add_row(name, *[f"{100 * figure:.1f}" for figure in figures], style=style)
     return table
 
 
-def print_table(table: Table) -> None:
-    """Print to the terminal, from rank 0."""
-    if distributed.is_main():
-        # A pipe has no width of its own, and a table cut off at 80 columns helps nobody.
-        Console(width=None if Console().is_terminal else 120).print(table)
+def _ranks() -> str:
+    return "1 process" if distributed.world_size() == 1 else f"{distributed.world_size()} ranks"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, aside first, so that no half-written result is ever found."""
+def _write_json(path: Path, value: Any) -> None:
+    """Write aside first, so that no half-written result is ever found."""
     aside = path.with_suffix(".partial")
     aside.write_text(json.dumps(value, indent=2) + "\n")
     aside.replace(path)

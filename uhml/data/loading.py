@@ -1,6 +1,7 @@
 """Pictures to tensors in worker processes: all of a rank's share once, or the batches that mining chose."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class _View:
         self.picture, self.step, self.row = picture, step, row
 
 
-class _Views(Dataset[tuple[Tensor, int]]):
+class _Views(Dataset[Any]):
     """Augmented views, each a pure function of the seed, the step and its row in the global batch.
 
     So neither the number of ranks nor of workers, nor an interruption, changes what is seen.
@@ -108,7 +109,7 @@ def training_batches(
     """
     return DataLoader(
         _Views(pictures, transform, seed),
-        batch_sampler=_RankBatches(batch_of_step, steps, num_views),  # type: ignore[arg-type]
+        batch_sampler=_RankBatches(batch_of_step, steps, num_views),
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
     )

@@ -77,7 +77,7 @@ def _timm_network(name: str, from_hub: bool, image_size: int) -> tuple[nn.Module
         raise UserError(f"model.backbone={name}: timm has no such model.{did_you_mean(name, timm.list_models())}")
     # Vision transformers fit their position embedding to the size, if told; convolutional networks take any.
     cfg = timm.get_pretrained_cfg(name)
-    size = {"img_size": image_size} if cfg is not None and cfg.fixed_input_size else {}
+    size: dict[str, Any] = {"img_size": image_size} if cfg is not None and cfg.fixed_input_size else {}
     network = _from_hub(lambda: timm.create_model(name, pretrained=from_hub, num_classes=0, **size), name)
     expected = resolve_model_data_config(network)
     return network, expected["mean"], expected["std"]
@@ -97,7 +97,7 @@ def _torchvision_network(name: str, from_hub: bool, image_size: int) -> tuple[nn
     if getattr(
         network, "aux_logits", False
     ):  # GoogLeNet and Inception: classifiers half-way up, for their own training
-        network.aux_logits = False
+        network.aux_logits = False  # type: ignore[assignment]
         for name in ("aux1", "aux2", "AuxLogits"):
             if hasattr(network, name):
                 setattr(network, name, None)

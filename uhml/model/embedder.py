@@ -23,6 +23,11 @@ class Embedder(nn.Module):
         self.backbone, self.head = backbone, head
         self.precision, self.inference_precision = precision, inference_precision
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.head.scale.device
+
     def features(self, images: Tensor) -> Tensor:
         """Map ``[b, 3, h, w]`` to the backbone's features ``[b, num_features]``, float32."""
         bfloat16 = (self.precision if self.training else self.inference_precision) == "bfloat16"

@@ -35,10 +35,11 @@ class FeatureMoments:
 
 
 class HyperbolicHead(nn.Module):
-    """``z = exp_0( clip_r( scale · (W f + b) ) )``, in float32 whatever the backbone computes in.
+    """``z = exp_0( clip_r( scale · (W (f - mean) + b) ) )``, in float32 whatever the backbone computes in.
 
-    The clip ``v · min(1, r/|v|)`` is Guo et al.'s (CVPR 2022). ``scale`` is a constant beside the weights, so that
-    these stay at unit scale, where Adam's steps suit them.
+    The clip ``v · min(1, r/|v|)`` is Guo et al.'s (CVPR 2022). ``mean`` and ``scale`` are constants beside the weights,
+    fitted once: what all pictures' features have in common would otherwise turn Adam's first small steps into one
+    large step of the whole cloud, and weights that carry the scale would be lost in them.
 
     Args:
         num_features: of the backbone.
@@ -47,11 +48,14 @@ class HyperbolicHead(nn.Module):
         clip_radius: r > 0.
     """
 
+    mean: Tensor
     scale: Tensor
 
     def __init__(self, num_features: int, embedding_dim: int, curvature: float, clip_radius: float) -> None:
         super().__init__()
         self.linear = nn.Linear(num_features, embedding_dim)
+        nn.init.zeros_(self.linear.bias)
+        self.register_buffer("mean", torch.zeros(num_features))
         self.register_buffer("scale", torch.ones(()))
         self.curvature, self.clip_radius = curvature, clip_radius
         self.ball = poincare.ball(curvature)
@@ -63,7 +67,7 @@ class HyperbolicHead(nn.Module):
 
     def tangent(self, features: Tensor) -> Tensor:
         """Return the tangent vectors at the origin before the clip, ``[b, embedding_dim]``."""
-        return self.scale * self.linear(features.float())
+        return self.scale * self.linear(features.float() - self.mean)
 
     def clip(self, tangent: Tensor) -> Tensor:
         """Pull vectors longer than the clip radius back to it."""
@@ -72,7 +76,7 @@ class HyperbolicHead(nn.Module):
 
     @torch.no_grad()
     def start(self, init: str, moments: FeatureMoments, start_norm: float) -> None:
-        """Set the layer's first weights, and the scale that goes with them.
+        """Set the layer's first weights, and the mean and scale that go with them.
 
         Args:
             init: "whitened_pca", "orthogonal" or "random", see ``model.head_init``.
@@ -87,8 +91,7 @@ class HyperbolicHead(nn.Module):
             weight.copy_(_whitening(moments, self.linear.out_features))
         elif init == "orthogonal":
             nn.init.orthogonal_(weight)
-        # Centred for every start: what all pictures have in common says nothing about any two of them.
-        self.linear.bias.copy_(-(weight.double() @ moments.mean.to(weight.device)))
+        self.mean.copy_(moments.mean)
         covariance = moments.covariance.to(weight.device)
         mean_square = torch.einsum("ij,jk,ik->", weight.double(), covariance, weight.double())
         self.scale.copy_(start_norm * self.clip_radius / mean_square.sqrt().clamp_min(1e-12))
