@@ -1,146 +1,44 @@
-"""Retrieval and clustering scores on classes never seen in training: Recall@K, MAP@R, NMI.
+"""Score a network on the classes it never saw."""
 
-Every score is a mean over all queries, each exactly once, whatever the number of ranks. A query is left out of its own
-neighbours by its index, not by being nearest. Distances are computed in float64 and equal ones are ranked by index, so
-exact duplicates among the pictures make no difference between one run and another.
-"""
-
-import dataclasses
-from collections.abc import Sequence
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from sklearn.cluster import KMeans
-from sklearn.metrics import normalized_mutual_info_score
-from torch import Tensor
 
 from uhml import distributed
-from uhml.hierarchy.geometry import Geometry, polar
-
-# Gaps closer than this are the same distance, ranked by index; rounding in float64 stays far below.
-TIE = 2.0**-40
-# Bytes of a block of the distance matrix.
-BLOCK_BYTES = 2**27
-KMEANS_ITERATIONS = 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """How well an embedding tells unseen classes apart.
-
-    Attributes:
-        recall_at_k: for each K, the share of queries with one of their class among the K nearest.
-        map_at_r: mean average precision at R (Musgrave et al., ECCV 2020), over queries whose class has R >= 1 others.
-        nmi: normalised mutual information of k-means clusters and classes, with as many clusters as classes.
-    """
-
-    recall_at_k: dict[str, float]
-    map_at_r: float
-    nmi: float
+from uhml.config import Config
+from uhml.data.pictures import Pictures, Splits
+from uhml.embedding import embed_share
+from uhml.hierarchy.geometry import Geometry
+from uhml.metrics import Embedded, Scores, score
+from uhml.model import Embedder
 
 
-def score(
-    queries: Tensor,
-    query_labels: NDArray[np.int64],
-    geometry: Geometry,
-    recall_at: Sequence[int],
-    *,
-    gallery: Tensor | None = None,
-    gallery_labels: NDArray[np.int64] | None = None,
-    seed: int = 0,
-) -> Scores:
-    """Score an embedding. A collective; every rank brings the same arguments and gets the same scores.
-
-    Args:
-        queries: ``[n, d]``, points of ``geometry``.
-        query_labels: ``[n]``.
-        geometry: what is near.
-        recall_at: the K of Recall@K.
-        gallery: ``[m, d]``, what the queries search; None searches the other queries.
-        gallery_labels: ``[m]``.
-        seed: of the k-means clusters.
-    """
-    recall, average_precision = retrieval(queries, query_labels, geometry, recall_at, gallery, gallery_labels)
-    has_relevant = ~average_precision.isnan()
-    return Scores(
-        recall_at_k={str(k): float(column.double().mean()) for k, column in zip(recall_at, recall.T, strict=True)},
-        map_at_r=float(average_precision[has_relevant].mean()) if has_relevant.any() else 0.0,
-        nmi=_nmi(queries, query_labels, geometry, seed),
-    )
-
-
-def retrieval(
-    queries: Tensor,
-    query_labels: NDArray[np.int64],
-    geometry: Geometry,
-    recall_at: Sequence[int],
-    gallery: Tensor | None = None,
-    gallery_labels: NDArray[np.int64] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Rank the references of each query; arguments as for :func:`score`. A collective.
+def score_unseen(model: Embedder, splits: Splits, config: Config) -> dict[str, Scores] | None:
+    """Score the network as it is on the test pictures. A collective.
 
     Returns:
-        Whether one of the K nearest is of the query's class, ``[n, len(recall_at)]`` bool, and average precision at R,
-        ``[n]`` float64, NaN where R is 0: both on the CPU, for all queries.
+        "backbone": its features, by cosine; "ball": the embedding as it is deployed, by the ball's distance; "cosine":
+        the embedding by cosine. None where no classes are known, so that there is nothing to score.
     """
-    within = gallery is None
-    device = queries.device
-    labels = torch.from_numpy(query_labels).to(device)
-    reference_labels = labels if within else torch.from_numpy(gallery_labels).to(device)
-    relevant = torch.bincount(reference_labels, minlength=int(labels.max()) + 1)[labels] - int(within)
-
-    points = geometry.points(queries.double())
-    lifted = geometry.lift(points if within else geometry.points(gallery.double()))
-    own = torch.tensor(distributed.share(len(queries)), device=device, dtype=torch.int64)
-    depth = min(len(lifted) - int(within), max(*recall_at, int(relevant.max())))
-    rows_per_block = max(1, BLOCK_BYTES // (8 * len(lifted)))
-    recall, average_precision = [], []
-    for rows in own.split(rows_per_block):
-        gaps = polar(geometry.lift(points[rows])) @ lifted.T
-        if within:
-            gaps[torch.arange(len(rows), device=device), rows] = torch.inf
-        nearest = _smallest(gaps, depth)
-        hits = reference_labels[nearest] == labels[rows, None]
-        recall.append(torch.stack([hits[:, :k].any(1) for k in recall_at], 1))
-        average_precision.append(_average_precision_at_r(hits, relevant[rows]))
-    recall_own = torch.cat(recall) if recall else torch.zeros(0, len(recall_at), dtype=torch.bool, device=device)
-    precision_own = torch.cat(average_precision) if recall else torch.zeros(0, dtype=torch.float64, device=device)
-    return (
-        distributed.all_gather_shares(recall_own, len(queries)).cpu(),
-        distributed.all_gather_shares(precision_own, len(queries)).cpu(),
-    )
+    if splits.test is None:
+        return None
+    queries = _features(model, splits.test, config, "test")
+    gallery = None if splits.gallery is None else _features(model, splits.gallery, config, "gallery")
+    cosine, ball = Geometry("cosine"), Geometry("poincare", config.model.curvature)
+    recall_at, seed = config.eval.recall_at, config.train.seed
+    backbone = score(queries, gallery, cosine, recall_at, seed)
+    queries, gallery = _points(model, queries), None if gallery is None else _points(model, gallery)
+    return {
+        "backbone": backbone,
+        "ball": score(queries, gallery, ball, recall_at, seed),
+        "cosine": score(queries, gallery, cosine, recall_at, seed),
+    }
 
 
-def _smallest(gaps: Tensor, depth: int) -> Tensor:
-    """Return the columns ``[b, depth]`` of the smallest gaps of each row, in order, ties by column.
-
-    A non-negative float orders as its bits do. With the column in the low half of a 64-bit key no two keys are equal,
-    and ``topk``, which breaks ties as it likes, has none to break.
-    """
-    steps = (gaps / TIE).round_().mul_(TIE).clamp_min_(0).float()
-    columns = torch.arange(gaps.shape[1], device=gaps.device)
-    keys = (steps.view(torch.int32).long() << 32) | columns
-    return keys.topk(depth, dim=1, largest=False).values & 0xFFFFFFFF
+def _features(model: Embedder, pictures: Pictures, config: Config, name: str) -> Embedded:
+    assert pictures.labels is not None, "test pictures have labels, or there would be no test part"
+    own = embed_share(model, pictures, config, f"embed {name} pictures", features=True)
+    return Embedded(distributed.all_gather_shares(own, len(pictures)), pictures.labels)
 
 
-def _average_precision_at_r(hits: Tensor, relevant: Tensor) -> Tensor:
-    """Mean over the R first ranks of (precision there if it is a hit, else 0); NaN where R is 0."""
-    rank = torch.arange(1, hits.shape[1] + 1, device=hits.device)
-    within_r = rank[None, :] <= relevant[:, None]
-    precision = hits.cumsum(1).double() / rank
-    return (precision * hits * within_r).sum(1) / relevant
-
-
-def _nmi(points: Tensor, labels: NDArray[np.int64], geometry: Geometry, seed: int) -> float:
-    """Cluster by k-means, on one rank, in the tangent space at the origin or on the unit sphere."""
-
-    def cluster() -> float:
-        rows = geometry.points(points.double())
-        if geometry.c > 0:
-            radius = (geometry.c**0.5 * rows.norm(dim=1, keepdim=True)).clamp_min(1e-12)
-            rows = rows * (radius.atanh() / radius)
-        kmeans = KMeans(len(np.unique(labels)), init="random", n_init=1, max_iter=KMEANS_ITERATIONS, random_state=seed)
-        return float(normalized_mutual_info_score(labels, kmeans.fit_predict(rows.float().cpu().numpy())))
-
-    return distributed.gather_objects(distributed.on_main(cluster))[0]  # type: ignore[return-value]
+@torch.inference_mode()
+def _points(model: Embedder, features: Embedded) -> Embedded:
+    return Embedded(model.head(features.rows), features.labels)

@@ -17,6 +17,7 @@ from uhml.data.pictures import Pictures
 from uhml.data.transforms import training_transform
 from uhml.data.verify import load_pictures
 from uhml.embedding import embed_share
+from uhml.errors import UserError
 from uhml.evaluate import score_unseen
 from uhml.hierarchy import average_linkage_over_ranks
 from uhml.loss import HierarchicalLogRatioLoss, similarity_levels
@@ -187,8 +188,8 @@ def train_step(
     gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.gradient_clip)
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
         raise UserError(
-            f"Step {step}: the loss is {float(loss)} and the gradient's norm {float(gradient_norm)}, so the run stopped "
-            "before the step. A lower optim.learning_rate or model.precision=float32 is the usual cure."
+            f"Step {step}: the loss is {float(loss)} and the gradient's norm {float(gradient_norm)}, so the run "
+            "stopped before the step. A lower optim.learning_rate or model.precision=float32 is the usual cure."
         )
     optimizer.step()
 
