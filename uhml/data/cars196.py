@@ -2,14 +2,16 @@
 
 import csv
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.io
 
-from uhml.data.pictures import Pictures, Splits
-from uhml.data.reading import check_exist, check_int, find_home, read_lines
+from uhml.data.pictures import Splits
+from uhml.data.reading import check_both_parts, check_exist, check_int, find_home, read_lines
+from uhml.data.splitting import split
 from uhml.errors import UserError
 
 NUM_TRAIN_CLASSES = 98
@@ -36,18 +38,14 @@ def cars196(root: Path | None) -> Splits:
     home = find_home(root, "cars196", "cars196", list(LAYOUTS))
     marker = next(marker for marker in LAYOUTS if (home / marker).exists())
     rows, names = LAYOUTS[marker](home)
-    check_exist([path for path, _ in rows], home / marker)
     for path, number in rows:
         if not 1 <= number <= len(names):
             raise UserError(f"{home / marker}: expected classes 1 to {len(names)}, found {number} for {path}.")
-    train = [row for row in rows if row[1] <= NUM_TRAIN_CLASSES]
-    test = [row for row in rows if row[1] > NUM_TRAIN_CLASSES]
-    if not train or not test:
-        raise UserError(
-            f"{home / marker}: expected classes 1 to {NUM_TRAIN_CLASSES} to train on and later ones to test on, "
-            f"found {len(train)} and {len(test)} pictures."
-        )
-    return Splits(train=_pictures(train, names), test=_pictures(test, names))
+    paths = [path for path, _ in rows]
+    trains = [number <= NUM_TRAIN_CLASSES for _, number in rows]
+    check_both_parts(trains, NUM_TRAIN_CLASSES, home / marker)
+    check_exist(paths, home / marker)
+    return split(paths, [f"{number:03d} {names[number - 1]}" for _, number in rows], None, trains)
 
 
 def _read_pooled(home: Path) -> tuple[list[Row], list[str]]:
@@ -59,11 +57,12 @@ def _read_pooled(home: Path) -> tuple[list[Row], list[str]]:
 
 def _read_devkit(home: Path) -> tuple[list[Row], list[str]]:
     devkit = home / "devkit"
-    labelled_test = devkit / "cars_test_annos_withlabels.mat"
-    if not labelled_test.exists():
-        labelled_test = home / labelled_test.name
+    test = "cars_test_annos_withlabels.mat"  # its namesake without labels has no classes
     rows: list[Row] = []
-    for part, file in (("cars_train", devkit / "cars_train_annos.mat"), ("cars_test", labelled_test)):
+    for part, file in (
+        ("cars_train", devkit / "cars_train_annos.mat"),
+        ("cars_test", devkit / test if (devkit / test).exists() else home / test),
+    ):
         annotations = _read_mat(file, "annotations", ["fname", "class"])
         rows += _locate(home / part, [(str(row["fname"]), int(row["class"])) for row in annotations])
     return rows, _class_names(devkit / "cars_meta.mat")
@@ -75,13 +74,14 @@ def _read_csv(home: Path) -> tuple[list[Row], list[str]]:
         file = home / f"anno_{part}.csv"
         listed = []
         for number, fields in enumerate(csv.reader(read_lines(file)), start=1):
-            if len(fields) != 6:
+            if fields and len(fields) != 6:
                 raise UserError(
                     f"{file}, line {number}: expected 6 fields (file, 4 sides of a box, class), found {len(fields)}."
                 )
-            listed.append((fields[0], check_int(fields[5], f"the class on line {number}", file)))
+            if fields:
+                listed.append((fields[0], check_int(fields[5], f"the class on line {number}", file)))
         rows += _locate(home / "car_data" / part, listed)
-    # Commas in names are not quoted there.
+    # A line is a name: commas in it are not quoted there.
     return rows, [line.strip() for line in read_lines(home / "names.csv") if line.strip()]
 
 
@@ -99,24 +99,20 @@ def _locate(folder: Path, listed: list[Row]) -> list[Row]:
     return [(path_of.get(file, str(folder / file)), number) for file, number in listed]
 
 
-def _read_mat(path: Path, variable: str, fields: list[str]) -> Any:
-    """Return a MATLAB struct array, flat, whose scalars and texts are Python's."""
+def _read_mat(path: Path, variable: str, fields: Sequence[str] = ()) -> Any:
+    """Return a MATLAB array, flat, with Python's numbers and texts in it; a struct array has at least ``fields``."""
     if not path.exists():
         raise UserError(f"data.dataset=cars196 expects the file {path}, which is missing.")
     try:
         contents = scipy.io.loadmat(path, squeeze_me=True)
     except Exception as error:  # scipy raises nearly anything on a broken file
         raise UserError(f"{path} is no MATLAB file that can be read: {error}.") from error
-    found = contents.get(variable)
-    if found is None or found.dtype.names is None or not set(fields) <= set(found.dtype.names):
-        raise UserError(f"{path}: expected the variable {variable!r} with the fields {', '.join(fields)}.")
-    return np.atleast_1d(found)
+    found = np.atleast_1d(contents.get(variable))
+    if variable not in contents or not set(fields) <= set(found.dtype.names or ()):
+        with_fields = f" with the fields {', '.join(fields)}" if fields else ""
+        raise UserError(f"{path}: expected the variable {variable}{with_fields}.")
+    return found
 
 
 def _class_names(path: Path) -> list[str]:
-    return [str(name) for name in np.atleast_1d(scipy.io.loadmat(path, squeeze_me=True)["class_names"])]
-
-
-def _pictures(rows: list[Row], names: list[str]) -> Pictures:
-    paths, numbers = zip(*rows, strict=True)
-    return Pictures.from_names(paths, [f"{number:03d} {names[number - 1]}" for number in numbers])
+    return [str(name) for name in _read_mat(path, "class_names")]

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from uhml.data.pictures import Pictures, Splits
-from uhml.data.reading import check_exist, check_int, find_home, read_table
+from uhml.data.pictures import Splits
+from uhml.data.reading import check_both_parts, check_exist, check_int, find_home, read_table
+from uhml.data.splitting import split
 from uhml.errors import UserError
 
 NUM_TRAIN_CLASSES = 100
@@ -24,21 +25,13 @@ def cub200(root: Path | None) -> Splits:
         image: check_int(number, f"the class of image {image}", labels_file)
         for image, number in read_table(labels_file, "image_id class_id")
     }
-    train: list[str] = []
-    test: list[str] = []
+    paths, classes, trains = [], [], []
     for image, relative in read_table(home / "images.txt", "image_id path"):
         if image not in class_of:
             raise UserError(f"{labels_file} has no class for image {image} ({relative}) of images.txt.")
-        (train if class_of[image] <= NUM_TRAIN_CLASSES else test).append(str(home / "images" / relative))
-    if not train or not test:
-        raise UserError(
-            f"{labels_file}: expected classes 1 to {NUM_TRAIN_CLASSES} to train on and later ones to test on, "
-            f"found {len(train)} and {len(test)} pictures."
-        )
-    check_exist([*train, *test], home / "images.txt")
-    return Splits(train=_by_folder(train), test=_by_folder(test))
-
-
-def _by_folder(paths: list[str]) -> Pictures:
-    # The folders are "001.Black_footed_Albatross": number and name in one.
-    return Pictures.from_names(paths, [Path(path).parent.name for path in paths])
+        paths.append(str(home / "images" / relative))
+        classes.append(Path(relative).parent.name)  # "001.Black_footed_Albatross": number and name in one
+        trains.append(class_of[image] <= NUM_TRAIN_CLASSES)
+    check_both_parts(trains, NUM_TRAIN_CLASSES, labels_file)
+    check_exist(paths, home / "images.txt")
+    return split(paths, classes, None, trains)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from uhml.data.decode import FORMATS
 from uhml.data.pictures import Pictures, Splits
+from uhml.data.splitting import first_half, split
 from uhml.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -56,32 +57,14 @@ def folder(root: Path | None) -> Splits:
                 f"{len(paths):,}",
                 loose[0],
             )
-        return Splits(train=Pictures(paths=tuple(map(str, paths))))
+        return Splits(train=Pictures(paths=tuple(str(path) for path in paths)))
     classes = [parts[0] for parts in inside]
     if {name.lower() for name in classes} <= PARTS:
         raise UserError(
             f"The folders in {base} are named {', '.join(sorted(set(classes)))}: parts of a data set, not classes. "
             "Point data.root to one of them, or use data.dataset=list with a column split."
         )
-    return split_by_class(list(map(str, paths)), classes)
-
-
-def split_by_class(paths: list[str], classes: list[str], super_classes: list[str] | None = None) -> Splits:
-    """Split pictures by class: the first half of the sorted classes, the greater one, trains; the rest tests."""
-    names = sorted(set(classes))
-    train_names = set(names[: (len(names) + 1) // 2])
-
-    def part(is_train: bool) -> Pictures:
-        rows = [i for i, name in enumerate(classes) if (name in train_names) == is_train]
-        return Pictures.from_names(
-            [paths[i] for i in rows],
-            [classes[i] for i in rows],
-            None if super_classes is None else [super_classes[i] for i in rows],
-        )
-
-    if len(names) < 4:
-        logger.warning("of %d classes, %d are left to score on: any model finds them", len(names), len(names) // 2)
-    return Splits(train=part(True), test=part(False) if len(names) > 1 else None)
+    return split([str(path) for path in paths], classes, None, first_half(classes))
 
 
 def _files(root: Path) -> Iterator[Path]:

@@ -4,9 +4,9 @@ import csv
 import logging
 from pathlib import Path
 
-from uhml.data.folder import split_by_class
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.reading import check_exist, read_lines
+from uhml.data.splitting import first_half, split
 from uhml.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -32,35 +32,26 @@ def listed(root: Path | None) -> Splits:
     if root.is_dir():
         raise UserError(f"data.root={root} is a folder; data.dataset=list expects a text or CSV file.")
     is_csv = root.suffix.lower() == ".csv"
-    columns = _read_csv(root) if is_csv else {"path": [line for line in read_lines(root) if line.strip()]}
+    columns = _read_csv(root) if is_csv else {"path": [line.strip() for line in read_lines(root) if line.strip()]}
     paths = [str(root.parent / path) for path in columns["path"]]
     if not paths:
         raise UserError(f"{root} lists no pictures.")
     check_exist(paths, root)
-    labels, super_labels, split = (columns.get(column) for column in COLUMNS[1:])
+    labels, super_labels, parts = (columns.get(column) for column in COLUMNS[1:])
     if labels is None:
         return Splits(train=Pictures(paths=tuple(paths)))
-    if split is None:
-        return split_by_class(paths, labels, super_labels)
-    parts = {}
-    for part in ("train", "test"):
-        rows = [i for i, name in enumerate(split) if name == part]
-        if rows:
-            parts[part] = Pictures.from_names(
-                [paths[i] for i in rows],
-                [labels[i] for i in rows],
-                None if super_labels is None else [super_labels[i] for i in rows],
-            )
-    if "train" not in parts:
+    splits = split(paths, labels, super_labels, first_half(labels) if parts is None else [p == "train" for p in parts])
+    if not len(splits.train):
         raise UserError(f"{root}: no row has the split train.")
-    if "test" in parts and (both := set(parts["train"].class_names) & set(parts["test"].class_names)):
+    both = set(splits.train.class_names).intersection(splits.test.class_names if splits.test else ())
+    if both:
         logger.warning(
-            "%s: %d labels, such as %r, are in train and test: not only unseen classes are scored",
+            "%s: %d labels, such as %r, are in train and test, so the score is not on unseen classes alone",
             root,
             len(both),
             min(both),
         )
-    return Splits(**parts)
+    return splits
 
 
 def _read_csv(file: Path) -> dict[str, list[str]]:

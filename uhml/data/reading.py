@@ -38,7 +38,8 @@ def read_lines(path: Path) -> list[str]:
         UserError: there is no such file, or it is no such text.
     """
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines, which also splits at characters that a path may have in it.
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -93,6 +94,19 @@ def check_exist(paths: Sequence[str], listed_in: Path) -> None:
     if missing:
         raise UserError(
             f"{listed_in} lists {len(paths):,} pictures, of which {len(missing):,} are missing, first {missing[0]}."
+        )
+
+
+def check_both_parts(trains: Sequence[bool], num_train_classes: int, path: Path) -> None:
+    """Check that there are pictures to train on and to test on.
+
+    Raises:
+        UserError: there are only classes up to ``num_train_classes``, or only later ones.
+    """
+    if all(trains) or not any(trains):
+        raise UserError(
+            f"{path}: expected classes 1 to {num_train_classes} to train on and later ones to test on, "
+            f"found {sum(trains):,} and {len(trains) - sum(trains):,} pictures."
         )
 
 

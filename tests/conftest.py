@@ -1,0 +1,39 @@
+"""Fixtures that several folders of tests share."""
+
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from uhml.data.glyphs import glyphs
+
+
+def _unpacked(archive: str, folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = Path(os.environ.get("UHML_REAL_DATA") or Path(__file__).parent.parent / ".." / "shared" / "data")
+    if not (where / archive).exists():
+        pytest.skip(f"UHML_REAL_DATA: {where / archive} is not there")
+    target = tmp_path_factory.mktemp("real")
+    with tarfile.open(where / archive) as tar:
+        tar.extractall(target, filter="data")
+    return target / folder
+
+
+@pytest.fixture(scope="session")
+def cars196_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8,144 real pictures of all 196 classes of Cars196, in its own layout. Not to be written to."""
+    return _unpacked("cars196-half.tar.gz", "cars196", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def omniglot_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Omniglot, 32,460 real pictures of 1,623 characters, in the layout of SOP. Not to be written to."""
+    return _unpacked("omniglot-sop-layout.tar.xz", "Stanford_Online_Products", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def glyphs_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``data.root`` with the glyphs drawn in it. Not to be written to."""
+    root = tmp_path_factory.mktemp("glyphs")
+    glyphs(root)
+    return root

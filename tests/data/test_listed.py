@@ -1,0 +1,95 @@
+import pytest
+
+from uhml.data.datasets import load_splits
+from uhml.errors import UserError
+
+
+@pytest.fixture
+def listing(tmp_path, draw):
+    """Write a list beside the pictures a.png to e.png in the folder p."""
+    draw(tmp_path, *[f"p/{name}.png" for name in "abcde"])
+
+    def _listing(text, name="list.csv"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return tmp_path / name
+
+    return _listing
+
+
+def test_text(listing, tmp_path):
+    root = listing(f"p/b.png\r\n\n{tmp_path}/p/a.png  \n", "list.txt")
+    splits = load_splits("list", root)
+    assert splits.train.paths == (str(tmp_path / "p/b.png"), str(tmp_path / "p/a.png"))
+    assert splits.train.labels is None
+    assert splits.test is None
+
+
+def test_csv_of_paths(listing):
+    splits = load_splits("list", listing("path\np/a.png\n"))
+    assert len(splits.train) == 1
+    assert splits.test is None
+
+
+def test_csv_with_labels(listing):
+    splits = load_splits(
+        "list",
+        listing('\ufefflabel,path,camera\nzebra,p/a.png,1\n"a, b",p/b.png,2\nbear,p/c.png,2\nbear,p/d.png,1\n'),
+    )
+    assert splits.train.class_names == ("a, b", "bear")
+    assert splits.train.labels.tolist() == [0, 1, 1]
+    assert splits.test.class_names == ("zebra",)
+    assert splits.test.super_labels is None
+
+
+def test_csv_with_split_and_super_labels(listing):
+    splits = load_splits(
+        "list",
+        listing("path,label,super_label,split\np/a.png,1,x,test\np/b.png,2,y,train\np/c.png,3,x,train\n"),
+    )
+    assert splits.train.class_names == ("2", "3")
+    assert splits.train.super_labels.tolist() == [1, 0]
+    assert splits.test.class_names == ("1",)
+    assert splits.test.super_class_names == ("x",)
+
+
+def test_labels_in_both_parts_are_told(listing, caplog):
+    load_splits("list", listing("path,label,split\np/a.png,k,test\np/b.png,k,train\n"))
+    assert "1 labels, such as 'k', are in train and test" in caplog.text
+
+
+def test_everything_may_train(listing):
+    assert load_splits("list", listing("path,label,split\np/a.png,k,train\n")).test is None
+    assert load_splits("list", listing("path,label\np/a.png,k\n")).test is None
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("", "expected a header with the column path, found nothing"),
+        ("file,label\np/a.png,1\n", "expected a header with the column path, found file, label"),
+        ("path,lable\np/a.png,1\n", "the column 'lable' means nothing here. Did you mean 'label'?"),
+        ("path,split\np/a.png,train\n", "the column split needs a column label"),
+        ("path,label\np/a.png\n", "line 2: expected 2 fields"),
+        ("path,label\np/a.png,1\np/b.png,2,3\n", "line 3: expected 2 fields"),
+        ("path,label\np/a.png,\n", "line 2: .*none of path, label empty"),
+        ("path,label,split\np/a.png,1,dev\n", "line 2: expected the split train or test, found 'dev'"),
+        ("path,label,split\np/a.png,1,test\n", "no row has the split train"),
+        ("path\n", "lists no pictures"),
+        ("path\np/a.png\np/x.png\np/y.png\n", "lists 3 pictures, of which 2 are missing, first .*x.png"),
+    ],
+)
+def test_refusals(listing, text, match):
+    with pytest.raises(UserError, match=match):
+        load_splits("list", listing(text))
+
+
+def test_refused_roots(tmp_path):
+    with pytest.raises(UserError, match=r"needs data\.root"):
+        load_splits("list", None)
+    with pytest.raises(UserError, match="is a folder"):
+        load_splits("list", tmp_path)
+    with pytest.raises(UserError, match=r"Cannot read .*No such file"):
+        load_splits("list", tmp_path / "none.csv")
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UserError, match="lists no pictures"):
+        load_splits("list", tmp_path / "empty.txt")
