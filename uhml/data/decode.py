@@ -15,6 +15,7 @@ from uhml.progress import progress
 FORMATS = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
+    ".jfif": "JPEG",
     ".png": "PNG",
     ".webp": "WEBP",
     ".gif": "GIF",
