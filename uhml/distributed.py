@@ -134,7 +134,8 @@ class _GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
+        # A copy: autograd may hand the same tensor to other operations, which must not see the sum over ranks.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient[rank() * ctx.num_own :][: ctx.num_own]
 
