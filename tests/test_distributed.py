@@ -1,0 +1,218 @@
+import time
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+
+from uhml import distributed
+from uhml.errors import UserError
+
+WORLDS = [1, 2, 4]
+
+
+def _gathered_shares(num_rows, dtype):
+    rows = (torch.arange(3 * num_rows).reshape(num_rows, 3) * 7 % 5).to(dtype)
+    own = rows[list(distributed.share(num_rows))]
+    return torch.equal(distributed.all_gather_shares(own, num_rows), rows)
+
+
+def _all_shares():
+    world = distributed.world_size()
+    sizes = {0, 1, world - 1, world, world + 1, 7}
+    dtypes = [torch.float64, torch.bfloat16, torch.bool, torch.int32, torch.int64]
+    wrong = [(n, dtype) for n in sorted(sizes) for dtype in dtypes if not _gathered_shares(n, dtype)]
+    owned = distributed.gather_objects(list(distributed.share(7)))
+    too_many = len(distributed.share(7)) + 1
+    with pytest.raises(ValueError, match="its share of 7 is"):
+        distributed.all_gather_shares(torch.zeros(too_many, 2), 7)
+    return wrong, sorted(row for rows in owned for row in rows)
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_shares_are_put_together_in_the_order_of_the_rows(world_size):
+    for wrong, owned in run_ranks(_all_shares, world_size):
+        assert wrong == []
+        assert owned == list(range(7))
+
+
+def _gather_and_use_elsewhere(values, factor):
+    """Differentiate, on each rank, (rank + 1) * sum((gathered + factor)³)."""
+    rank, world = distributed.rank(), distributed.world_size()
+    own = values[rank * len(values) // world :][: len(values) // world].clone().requires_grad_()
+    weight = torch.full_like(values, factor).requires_grad_()
+    shift = weight * 1
+    gathered = distributed.all_gather_with_gradient(own)
+    # An addition hands one and the same gradient tensor to both of its terms, the gather's first.
+    ((rank + 1) * (gathered + shift) ** 3).sum().backward()
+    return gathered.detach(), own.grad, weight.grad
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_gradient_through_gather_is_the_sum_over_ranks_and_leaves_other_gradients_alone(world_size):
+    values = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    results = run_ranks(_gather_and_use_elsewhere, world_size, values, 0.5)
+    slope = 3 * (values + 0.5) ** 2
+    for gathered, _, _ in results:
+        torch.testing.assert_close(gathered, values, rtol=0, atol=0)
+    own = torch.cat([gradient for _, gradient, _ in results])
+    torch.testing.assert_close(own, sum(range(1, world_size + 1)) * slope)
+    for rank, (_, _, other) in enumerate(results):
+        torch.testing.assert_close(other, (rank + 1) * slope)
+
+
+def _message_of(collective, work):
+    try:
+        return collective(work)
+    except Exception as e:
+        return type(e), str(e)
+
+
+def _fail_on(rank, error):
+    def work():
+        if distributed.rank() == rank:
+            raise error
+        return f"rank {distributed.rank()}"
+
+    return work
+
+
+def _errors():
+    last = distributed.world_size() - 1
+    return {
+        "main returns": distributed.on_main(lambda: f"rank {distributed.rank()}"),
+        "main fails": _message_of(distributed.on_main, _fail_on(0, ValueError("bug"))),
+        "main's user": _message_of(distributed.on_main, _fail_on(0, UserError("typo"))),
+        "main says nothing": _message_of(distributed.on_main, _fail_on(0, KeyError())),
+        "all return": distributed.on_every_rank(lambda: f"rank {distributed.rank()}"),
+        "last fails": _message_of(distributed.on_every_rank, _fail_on(last, ValueError("bug"))),
+        "last's user": _message_of(distributed.on_every_rank, _fail_on(last, UserError("typo"))),
+        # After all these errors the ranks are still in step.
+        "sum": int(distributed.all_reduce_sum(torch.tensor(1))),
+        "objects": distributed.gather_objects({"rank": distributed.rank()}),
+        "main": distributed.is_main(),
+    }
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_an_error_on_one_rank_is_raised_on_every_rank_and_users_errors_stay_users(world_size):
+    results = run_ranks(_errors, world_size)
+    last = world_size - 1
+    for rank, got in enumerate(results):
+        assert got["main returns"] == ("rank 0" if rank == 0 else None)
+        assert got["all return"] == f"rank {rank}"
+        assert got["sum"] == world_size
+        assert got["objects"] == [{"rank": r} for r in range(world_size)]
+        assert got["main"] == (rank == 0)
+        failing = {"main fails": 0, "main's user": 0, "last fails": last, "last's user": last}
+        for what, where in failing.items():
+            kind, words = (UserError, "typo") if "user" in what else (ValueError, "bug")
+            if rank == where:
+                assert got[what] == (kind, words)
+            else:
+                elsewhere = UserError if kind is UserError else RuntimeError
+                assert got[what] == (elsewhere, f"rank {where} failed: {words}")
+        assert got["main says nothing"][1] == ("" if rank == 0 else "rank 0 failed: KeyError")
+
+
+def _wait_for_main():
+    # Longer than the group's usual timeout, which is shortened here: waiting for rank 0 is no failure.
+    distributed.on_main(lambda: time.sleep(3))
+    return True
+
+
+def _broadcasts():
+    sent = [
+        torch.tensor(2.5),
+        torch.zeros(0, 4),
+        torch.arange(6, dtype=torch.int32).reshape(2, 3).T,
+        torch.tensor([True]),
+    ]
+    # What the others bring does not matter.
+    mine = [value if distributed.is_main() else None for value in sent]
+    received = [distributed.broadcast_from_main(value) for value in mine]
+    received.append(distributed.broadcast_from_main(torch.full((2,), distributed.rank())))
+    return all(
+        torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(received, [*sent, torch.zeros(2).long()], strict=True)
+    )
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_broadcast_sends_shape_type_and_values_of_rank_0(world_size):
+    assert run_ranks(_broadcasts, world_size) == [True] * world_size
+
+
+def _parallel_gradient():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1).double()
+    batch = torch.randn(8, 3, dtype=torch.float64)
+    b = 8 // distributed.world_size()
+    own = batch[distributed.rank() * b :][:b]
+    parallel = distributed.data_parallel(model)  # named, since it takes its hooks along when it goes
+    parallel(own).square().mean().backward()
+    return model.weight.grad
+
+
+@pytest.mark.ddp
+def test_data_parallel_averages_gradients_over_ranks():
+    (alone,) = run_ranks(_parallel_gradient, 1)
+    for gradient in run_ranks(_parallel_gradient, 2):
+        torch.testing.assert_close(gradient, alone)
+
+
+def test_one_process_without_torchrun_needs_no_group(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    try:
+        with distributed.process_group("cpu") as device:
+            assert device == torch.device("cpu")
+            assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+            assert distributed.share(3) == range(3)
+            values = torch.ones(2, requires_grad=True)
+            assert distributed.all_gather_with_gradient(values) is values
+            assert not distributed.all_reduce_sum(values).requires_grad
+            model = nn.Linear(1, 1)
+            assert distributed.data_parallel(model) is model
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_gpu_that_is_not_there_is_the_users_to_mend(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with (
+        pytest.raises(UserError, match=r"train\.device=cuda needs one GPU per process: 1 processes, 0 GPUs"),
+        distributed.process_group("cuda"),
+    ):
+        pass
+
+
+def test_threads_are_shared_out_to_the_ranks_of_a_machine(monkeypatch):
+    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    for ranks, threads in (("1", 8), ("3", 2), ("8", 1), ("20", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert distributed.threads_per_rank() == threads
+
+
+def _raise_on_rank_1():
+    if distributed.rank() == 1:
+        raise ValueError("rank 1 cannot")
+    distributed.gather_objects(None)
+
+
+def _hang():
+    if distributed.rank() == 0:
+        distributed.gather_objects(None)
+    time.sleep(60)
+
+
+@pytest.mark.ddp
+def test_the_helper_of_these_tests_reports_the_failing_rank_and_never_hangs():
+    with pytest.raises(pytest.fail.Exception, match=r"(?s)rank 1 of 2 failed first.*ValueError: rank 1 cannot"):
+        run_ranks(_raise_on_rank_1, 2)
+    with pytest.raises(pytest.fail.Exception, match=r"ranks \[0, 1\] of 2 did not end in time"):
+        run_ranks(_hang, 2, timeout=4)
