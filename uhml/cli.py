@@ -28,17 +28,22 @@ keys of CONFIG, each also as section.key=value on the command line (values are t
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0, or 2 after an error of the user's."""
-    args = _parser().parse_args(arguments)
-    logs.log_to_terminal()
-    try:
-        args.run(args)
-    except UserError as e:
-        # A run's own log keeps the error too; the terminal of a rank that is not the first shows it all the same.
-        logger.error("error: %s", e)
-        return 2
-    except KeyboardInterrupt:
-        logger.error("interrupted")
-        return 130
+    parser = _parser()
+    # argparse gives up at overrides that follow an option; they are as good there as before it.
+    args, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    with logs.to_terminal():
+        try:
+            args.run(args)
+        except UserError as e:
+            logger.error("error: %s", e)
+            return 2
+        except KeyboardInterrupt:
+            logger.error("interrupted")
+            return 130
     return 0
 
 

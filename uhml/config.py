@@ -134,11 +134,11 @@ class HierarchyConfig:
     num_neighbors: Count = 20
     """Neighbours of each picture in the k-NN graph."""
 
-    cut_by: Literal["counts", "heights", "quantiles"] = "counts"
+    cut_by: Literal["counts", "heights", "quantiles"] = "quantiles"
     """What hierarchy.cuts gives for each level: a number of clusters, a height of the tree (the article's delta), or
-    a quantile of the heights of all merges."""
+    the quantile of all merges that are carried out: 0.9 leaves a tenth as many clusters as pictures."""
 
-    cuts: Annotated[tuple[int | float, ...], Field(min_length=1, strict=False)] = (400, 100, 20)
+    cuts: Annotated[tuple[int | float, ...], Field(min_length=1, strict=False)] = (0.9, 0.975, 0.995)
     """One value per level, finest level first: falling for counts, rising for heights and quantiles."""
 
 
@@ -193,7 +193,7 @@ class TrainConfig:
     num_steps: Whole = 1000
     """Optimizer steps. 0 only scores what there is."""
 
-    global_batch_size: Annotated[int, Field(ge=4, strict=True)] = 120
+    global_batch_size: Annotated[int, Field(ge=4, strict=True)] = 128
     """Embeddings in one step over all ranks, every view counted."""
 
     seed: Whole = 0

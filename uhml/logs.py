@@ -1,12 +1,16 @@
 """Log lines: rank 0's on the terminal, every rank's in a file of its own."""
 
+import contextlib
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 
 class _AboveProgressBars(logging.Handler):
@@ -16,21 +20,39 @@ class _AboveProgressBars(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def log_to_terminal() -> None:
+@contextlib.contextmanager
+def to_terminal() -> Iterator[None]:
     """Show uhml's own messages, and others' warnings, on the terminal of rank 0; of other ranks only errors."""
     handler = _AboveProgressBars()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     # torchrun's variable, as this comes before there is a process group.
     handler.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-    logging.getLogger().addHandler(handler)
-    logging.getLogger("uhml").setLevel(logging.INFO)
-    logging.captureWarnings(True)
-    # timm 1.0 calls it at import; nothing a user of uhml could do about it.
-    warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
+    with _attached(handler, "%(asctime)s %(message)s", "%H:%M:%S"), warnings.catch_warnings():
+        # timm 1.0 calls it at import; nothing a user of uhml could do about it.
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
+        logging.captureWarnings(True)
+        yield
+        logging.captureWarnings(False)
 
 
-def log_to_file(path: Path) -> None:
-    """Write everything that is logged in this process to ``path`` too."""
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+@contextlib.contextmanager
+def to_file(path: Path) -> Iterator[None]:
+    """Write everything that is logged in this process to ``path`` too, and the traceback if it ends in an error."""
+    with _attached(logging.FileHandler(path), "%(asctime)s %(levelname)s %(name)s: %(message)s"):
+        try:
+            yield
+        except BaseException:
+            # At a level that the terminal does not show: what it needs to say there, the command line says.
+            logger.debug("the run ended in an error", exc_info=True)
+            raise
+
+
+@contextlib.contextmanager
+def _attached(handler: logging.Handler, line: str, date: str | None = None) -> Iterator[None]:
+    handler.setFormatter(logging.Formatter(line, date))
+    logging.getLogger("uhml").setLevel(logging.DEBUG)
     logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()

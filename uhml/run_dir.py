@@ -1,18 +1,20 @@
 """The folder of a run: made once, by rank 0, and never over a run that is there already."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from uhml import distributed
+from uhml import distributed, logs
 from uhml.config import Config, dump_config
 from uhml.errors import UserError
-from uhml.logs import log_to_file
 
 CONTENTS = ("config.yaml", "metrics.jsonl", "result.json", "checkpoints", "hierarchy.npz", "tensorboard", "logs")
 
 
-def prepare_run_dir(run_dir: Path, config: Config, overwrite: bool) -> None:
-    """Make the folder of a run with its config, and send every rank's log to ``logs/rank<r>.log``. A collective.
+@contextlib.contextmanager
+def open_run_dir(run_dir: Path, config: Config, overwrite: bool) -> Iterator[None]:
+    """Make the folder of a run with its config, and keep every rank's log in ``logs/rank<r>.log``. A collective.
 
     Args:
         run_dir: the folder.
@@ -44,4 +46,5 @@ def prepare_run_dir(run_dir: Path, config: Config, overwrite: bool) -> None:
             raise UserError(f"The run's folder {run_dir} cannot be written: {e}") from e
 
     distributed.on_main(make_or_explain)
-    log_to_file(run_dir / "logs" / f"rank{distributed.rank()}.log")
+    with logs.to_file(run_dir / "logs" / f"rank{distributed.rank()}.log"):
+        yield

@@ -26,7 +26,7 @@ from uhml.model import Embedder, FeatureMoments, build_embedder
 from uhml.optim import build_optimizer, build_schedule
 from uhml.progress import progress
 from uhml.report import Reporter
-from uhml.run_dir import prepare_run_dir
+from uhml.run_dir import open_run_dir
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,7 @@ def train(config: Config, run_dir: Path, overwrite: bool = False) -> dict[str, A
         UserError: whatever the user can put right.
     """
     started = time.monotonic()
-    with distributed.process_group(config.train.device) as device:
-        prepare_run_dir(run_dir, config, overwrite)
+    with distributed.process_group(config.train.device) as device, open_run_dir(run_dir, config, overwrite):
         torch.manual_seed(config.train.seed)
         splits = load_pictures(config.data)
         model = build_embedder(config.model, config.data.image_size).to(device).eval()

@@ -42,5 +42,7 @@ def _readable(pictures: Pictures, name: str, config: DataConfig) -> Pictures:
     logger.warning("Going on without %d unreadable %s pictures, the first being %s.", len(refused), name, first)
     for row, reason in refused:
         logger.info("left out: %s %s", pictures.paths[row], reason)
+    if len(refused) == len(pictures):
+        raise UnreadablePicture(f"None of the {len(pictures)} {name} pictures can be read; the first, {first}.")
     left = np.setdiff1d(np.arange(len(pictures)), [row for row, _ in refused])
     return pictures.select(left)

@@ -1,0 +1,236 @@
+"""Whole runs, started as their users start them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import uhml.train
+from uhml import cli
+from uhml.config import load_config
+from uhml.hierarchy import Dendrogram
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+NUM_CLASSES, PER_CLASS = 8, 9
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """Eight classes of nine pictures: a polygon of 3 to 10 corners, at another place, size and colour each time."""
+    root = tmp_path_factory.mktemp("shapes")
+    random = np.random.default_rng(0)
+    for corners in range(3, 3 + NUM_CLASSES):
+        folder = root / f"corners{corners:02d}"
+        folder.mkdir()
+        for i in range(PER_CLASS):
+            image = Image.new("RGB", (48, 40), tuple(random.integers(150, 255, 3).tolist()))
+            circle = (*random.uniform(18, 30, 2).tolist(), random.uniform(8, 16))
+            fill = tuple(random.integers(0, 120, 3).tolist())
+            ImageDraw.Draw(image).regular_polygon(circle, corners, random.uniform(0, 360), fill)
+            image.save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A config file of a run of seconds."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        "data: {dataset: folder, image_size: 32, fit: squash, num_workers: 1}\n"
+        "model: {embedding_dim: 16}\n"
+        "hierarchy: {recluster_every: 2, num_neighbors: 5, cut_by: counts, cuts: [12, 6, 3]}\n"
+        "mining: {pictures_per_cluster: 2}\n"
+        "train: {num_steps: 4, global_batch_size: 16, log_every: 1, device: cpu}\n"
+        "eval: {recall_at: [1, 4], batch_size: 8}\n"
+    )
+    return path
+
+
+def run(config, root, run_dir, *overrides):
+    """Run in this process."""
+    return cli.main(["train", str(config), f"data.root={root}", "--run-dir", str(run_dir), *overrides])
+
+
+def torchrun(num_ranks, config, root, run_dir, *overrides):
+    """Run in processes of their own, as a user would."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    command = [*launcher, "-m", "uhml", "train", str(config), f"data.root={root}", "--run-dir", str(run_dir)]
+    return subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=280, check=False)
+
+
+def figures(run_dir, kind):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def result(run_dir):
+    return json.loads((run_dir / "result.json").read_text())
+
+
+@pytest.fixture
+def finished(shapes, config, tmp_path):
+    """A finished run."""
+    run_dir = tmp_path / "run"
+    assert run(config, shapes, run_dir) == 0
+    return run_dir
+
+
+def test_run_leaves_exactly_these_files(finished, shapes, config):
+    found = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file()}
+    events = {name for name in found if name.startswith("tensorboard/events.out.tfevents.")}
+    assert len(events) == 1
+    assert found - events == {
+        "config.yaml",
+        "metrics.jsonl",
+        "result.json",
+        "checkpoints/step-00000004.pt",
+        "hierarchy.npz",
+        "logs/rank0.log",
+    }
+    saved = result(finished)
+    assert (saved["steps"], saved["world_size"]) == (4, 1)
+    assert saved["seconds"] > 0
+    for row in (saved["frozen"], saved["trained"], saved["trained"]["cosine"], saved["start"]):
+        assert set(row["recall_at_k"]) == {"1", "4"}
+        assert all(0 <= score <= 1 for score in (*row["recall_at_k"].values(), row["map_at_r"], row["nmi"]))
+    # The resolved config runs the same run again.
+    assert load_config(finished / "config.yaml") == load_config(config, [f"data.root={shapes}"])
+    assert Dendrogram.load(finished / "hierarchy.npz").num_points == NUM_CLASSES // 2 * PER_CLASS
+    assert [line["step"] for line in figures(finished, "train")] == [1, 2, 3, 4]
+    assert [line["step"] for line in figures(finished, "hierarchy")] == [0, 2, 4]
+
+
+def test_same_seed_same_run(finished, shapes, config, tmp_path):
+    again = tmp_path / "again"
+    assert run(config, shapes, again, "data.num_workers=0") == 0
+    assert (again / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+    first, second = (
+        torch.load(path / "checkpoints/step-00000004.pt", weights_only=True)["model"] for path in (finished, again)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = tmp_path / "other"
+    assert run(config, shapes, other, "train.seed=1") == 0
+    assert figures(other, "train")[0]["loss"] != figures(finished, "train")[0]["loss"]
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_do_not_change_the_run(finished, shapes, config, tmp_path, num_ranks):
+    run_dir = tmp_path / "ranks"
+    ended = torchrun(num_ranks, config, shapes, run_dir)
+    assert ended.returncode == 0, ended.stderr
+    assert result(run_dir)["world_size"] == num_ranks
+    assert len(list((run_dir / "logs").iterdir())) == num_ranks
+    for mine, theirs in zip(figures(finished, "train"), figures(run_dir, "train"), strict=True):
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-3)
+    # Before the first step nothing but float32 rounding of the embeddings can differ.
+    assert figures(run_dir, "train")[0]["loss"] == pytest.approx(figures(finished, "train")[0]["loss"], rel=1e-5)
+    assert figures(run_dir, "hierarchy") == figures(finished, "hierarchy")
+    mine, theirs = (Dendrogram.load(path / "hierarchy.npz").cut(counts=[12, 6, 3]) for path in (finished, run_dir))
+    assert torch.equal(mine, theirs)
+    assert result(run_dir)["trained"]["recall_at_k"] == result(finished)["trained"]["recall_at_k"]
+
+
+def test_unlabelled_folder_is_trained_and_not_scored(shapes, config, tmp_path, caplog):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted(shapes.rglob("*.png"))):
+        (flat / f"{i}.png").write_bytes(path.read_bytes())
+    assert run(config, flat, tmp_path / "run") == 0
+    assert result(tmp_path / "run")["trained"] is None
+    assert "nothing to score" in caplog.text
+    assert Dendrogram.load(tmp_path / "run" / "hierarchy.npz").num_points == NUM_CLASSES * PER_CLASS
+
+
+def test_corrupt_picture_is_refused_by_name_or_skipped_on_demand(shapes, config, tmp_path, caplog):
+    root = tmp_path / "pictures"
+    for path in shapes.rglob("*.png"):
+        (root / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (root / path.parent.name / path.name).write_bytes(path.read_bytes())
+    broken = root / "corners03" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    assert run(config, root, tmp_path / "run") == 2
+    assert str(broken) in caplog.text
+    assert "data.skip_corrupt=true" in caplog.text
+    assert run(config, root, tmp_path / "skipping", "data.skip_corrupt=true") == 0
+    assert "without 1 unreadable" in caplog.text
+    assert Dendrogram.load(tmp_path / "skipping" / "hierarchy.npz").num_points == NUM_CLASSES // 2 * PER_CLASS - 1
+
+
+def test_init_from_takes_the_weights_and_nothing_else(finished, shapes, config, tmp_path):
+    run_dir = tmp_path / "next"
+    assert run(config, shapes, run_dir, f"model.init_from={finished}", "train.num_steps=0") == 0
+    assert result(run_dir)["start"] == result(finished)["trained"]
+    assert result(run_dir)["trained"] == result(finished)["trained"]
+    assert result(run_dir)["steps"] == 0
+
+
+def test_a_run_is_never_overwritten_unasked(finished, shapes, config, caplog):
+    before = (finished / "result.json").read_text()
+    assert run(config, shapes, finished) == 2
+    assert "--overwrite" in caplog.text
+    assert (finished / "result.json").read_text() == before
+    (finished / "mine.txt").write_text("not of the run")
+    assert run(config, shapes, finished, "--overwrite") == 2
+    assert "mine.txt" in caplog.text
+    (finished / "mine.txt").unlink()
+    assert run(config, shapes, finished, "--overwrite", "train.num_steps=2") == 0
+    assert result(finished)["steps"] == 2
+
+
+def test_nan_stops_before_the_step(shapes, config, tmp_path, caplog, monkeypatch):
+    seen = []
+    true_step = uhml.train.train_step
+
+    def poisoned_step(model, images, *rest):
+        if len(seen) == 2:
+            images = images * torch.nan
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        try:
+            return true_step(model, images, *rest)
+        except Exception:
+            assert all(torch.equal(value, seen[-1][name]) for name, value in model.state_dict().items())
+            raise
+
+    monkeypatch.setattr(uhml.train, "train_step", poisoned_step)
+    assert run(config, shapes, tmp_path / "run") == 2
+    assert "Step 2: the loss is nan" in caplog.text
+    assert len(seen) == 3
+
+
+@pytest.mark.ddp
+def test_one_ranks_error_ends_all_ranks_with_its_message(shapes, config, tmp_path):
+    ended = torchrun(2, config, shapes, tmp_path / "run", "train.global_batch_size=400")
+    assert ended.returncode != 0
+    assert "lower train.global_batch_size" in ended.stderr
+
+
+@pytest.mark.slow
+def test_quickstart_learns(tmp_path):
+    """A quarter of the quickstart is enough to see that unseen characters are told apart better."""
+    overrides = ["data.num_classes=50", "train.num_steps=40", "train.log_every=1"]
+    command = ["train", str(CONFIGS / "quickstart.yaml"), "--run-dir", str(tmp_path / "run"), *overrides]
+    assert cli.main(command) == 0
+    saved = result(tmp_path / "run")
+    assert saved["trained"]["recall_at_k"]["1"] > saved["frozen"]["recall_at_k"]["1"]
+    losses = [line["loss"] for line in figures(tmp_path / "run", "train")]
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", ["sop", "cars196"])
+def test_real_pictures(name, tmp_path, request):
+    root = request.getfixturevalue({"sop": "omniglot_root", "cars196": "cars196_root"}[name])
+    small = ["train.num_steps=3", "data.image_size=48", "data.num_classes=40", "train.log_every=1"]
+    ended = torchrun(2, CONFIGS / f"{name}.yaml", root, tmp_path / "run", *small)
+    assert ended.returncode == 0, ended.stderr
+    assert 0.1 < result(tmp_path / "run")["trained"]["recall_at_k"]["1"] < 1
+    assert "trained embedding, ball" in ended.stdout
