@@ -64,7 +64,7 @@ class HierarchicalLogRatioLoss(nn.Module):
             the sums is.
         """
         others = (~is_self).to(distances.dtype)
-        a = distances.clamp_min(DISTANCE_FLOOR).log() - similarity * self.log_omega
+        a = distances.clamp_min(DISTANCE_FLOOR).log() - similarity.to(distances.dtype) * self.log_omega
         # Centring changes no difference a_ij - a_il and keeps the sums of squares below from cancelling.
         count = others.sum(1)
         a = (a - ((a * others).sum(1) / count)[:, None]) * others
