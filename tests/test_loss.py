@@ -1,0 +1,210 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import run_ranks
+from torch import nn
+
+from uhml import distributed, poincare
+from uhml.loss import DISTANCE_FLOOR, HierarchicalLogRatioLoss, similarity_levels
+
+omegas = st.floats(0.05, 0.95)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def naive(distances, similarity, is_self, omega):
+    """The article's formula, triplet by triplet: the sum over anchors of the mean over triplets, and the anchors."""
+    total, anchors = 0.0, 0
+    for i in range(len(distances)):
+        costs = [
+            (math.log(distances[i][j] / distances[i][k]) - (similarity[i][j] - similarity[i][k]) * math.log(omega)) ** 2
+            for j, k in itertools.permutations(range(len(distances[i])), 2)
+            if not is_self[i][j] and not is_self[i][k] and similarity[i][j] != similarity[i][k]
+        ]
+        if costs:
+            total += sum(costs) / len(costs)
+            anchors += 1
+    return total, anchors
+
+
+def batch(num_anchors, num_others, num_levels, seed):
+    """Random distances and levels, of which the anchors are the first embeddings."""
+    random = np.random.default_rng(seed)
+    distances = torch.from_numpy(random.uniform(0.01, 4, (num_anchors, num_anchors + num_others)))
+    similarity = torch.from_numpy(random.integers(0, num_levels + 1, distances.shape))
+    return distances, similarity, torch.eye(*distances.shape, dtype=torch.bool)
+
+
+def tree_levels(n, random, num_cuts):
+    """Nested clusters, ``[num_cuts, n]``, finest first, with arbitrary names."""
+    levels = [random.integers(0, max(1, n // 2), n)]
+    for _ in range(num_cuts - 1):
+        levels.append(random.integers(0, max(1, levels[-1].max()), levels[-1].max() + 1)[levels[-1]])
+    return torch.from_numpy(np.stack(levels).astype(np.int32))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 4), omegas, seeds)
+def test_equals_the_loop_over_triplets(num_anchors, num_others, num_levels, omega, seed):
+    distances, similarity, is_self = batch(num_anchors, num_others, num_levels, seed)
+    total, anchors = HierarchicalLogRatioLoss(omega, num_levels)(distances, similarity, is_self)
+    expected_total, expected_anchors = naive(distances.tolist(), similarity.tolist(), is_self.tolist(), omega)
+    assert total.dtype == torch.float64
+    assert float(total) == pytest.approx(expected_total, rel=1e-10, abs=1e-12)
+    assert int(anchors) == expected_anchors
+
+
+def test_equals_the_loop_over_triplets_in_float32():
+    # Distances far from 1 with a small spread: what cancels if the logarithms are not centred.
+    distances, similarity, is_self = batch(8, 24, 3, 0)
+    distances = 1000 + distances
+    expected, _ = naive(distances.tolist(), similarity.tolist(), is_self.tolist(), 0.99)
+    total, _ = HierarchicalLogRatioLoss(0.99, 3)(distances.float(), similarity, is_self)
+    assert float(total) == pytest.approx(expected, rel=2e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(3, 12), st.integers(1, 4), omegas, st.floats(0.1, 10), seeds)
+def test_least_where_distances_are_proportional_to_omega_to_the_level(n, num_cuts, omega, unit, seed):
+    random = np.random.default_rng(seed)
+    levels, pictures = tree_levels(n, random, num_cuts), torch.arange(n)
+    similarity = similarity_levels(levels, pictures, pictures)
+    loss = HierarchicalLogRatioLoss(omega, num_cuts + 1)
+    distances = (unit * omega ** similarity.double()).clamp_min(2 * DISTANCE_FLOOR)
+    reached = unit * omega**num_cuts > 2 * DISTANCE_FLOOR
+    eye = torch.eye(n, dtype=torch.bool)
+    total, anchors = loss(distances, similarity, eye)
+    if reached:
+        assert abs(float(total)) < 1e-12
+    if anchors:
+        # And only there.
+        distances[:, 0] *= 1.5
+        expected, _ = naive(distances.tolist(), similarity.tolist(), eye.tolist(), omega)
+        assert float(loss(distances, similarity, eye)[0]) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        assert expected > 0.01
+
+
+@pytest.mark.parametrize("omega", [0.3, 0.8])
+def test_pulls_nearer_what_shares_more_levels(omega):
+    # One anchor, one picture of its cluster, one of another, all at the same distance.
+    distances = torch.tensor([[0.0, 1.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    similarity, is_self = torch.tensor([[2, 1, 0]]), torch.tensor([[True, False, False]])
+    HierarchicalLogRatioLoss(omega, 2)(distances, similarity, is_self)[0].backward()
+    assert distances.grad[0, 1] > 0 > distances.grad[0, 2]
+    assert distances.grad[0, 0] == 0
+
+
+def test_gradient_of_the_loss():
+    distances, similarity, is_self = batch(4, 5, 3, 1)
+    loss = HierarchicalLogRatioLoss(0.7, 3)
+    assert torch.autograd.gradcheck(lambda d: loss(d, similarity, is_self)[0], distances.requires_grad_())
+
+
+@pytest.mark.parametrize("curvature", [0.0, 0.1])
+def test_duplicates_have_a_finite_loss_and_gradient(curvature):
+    points = torch.tensor([[0.1, 0.2], [0.1, 0.2], [0.1, 0.2], [0.5, 0.0]], requires_grad=True)
+    distances = poincare.distance_matrix(points, points, curvature)
+    pictures = torch.tensor([0, 0, 1, 2])
+    similarity = similarity_levels(torch.tensor([[0, 0, 1]]), pictures, pictures)
+    total, anchors = HierarchicalLogRatioLoss(0.8, 2)(distances, similarity, torch.eye(4, dtype=torch.bool))
+    total.backward()
+    assert anchors == 3  # the last picture has all others on one level
+    assert math.isfinite(total.detach())
+    assert torch.isfinite(points.grad).all()
+    assert points.grad[3].norm() > 0
+    floored = distances.detach().double().clamp_min(DISTANCE_FLOOR)
+    expected, _ = naive(floored.tolist(), similarity.tolist(), torch.eye(4).bool().tolist(), 0.8)
+    assert float(total.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("level", [0, 2])
+def test_anchors_without_triplets_cost_nothing(level):
+    distances = torch.rand(3, 3, dtype=torch.float64) + 0.1
+    distances.requires_grad_()
+    similarity = torch.full((3, 3), level) + torch.eye(3, dtype=torch.int64) * (3 - level)
+    total, anchors = HierarchicalLogRatioLoss(0.8, 3)(distances, similarity, torch.eye(3, dtype=torch.bool))
+    total.backward()
+    assert (float(total.detach()), int(anchors)) == (0, 0)
+    assert (distances.grad == 0).all()
+
+
+@pytest.mark.parametrize("omega", [-0.5, 0.0, 1.0, 1.25, math.inf, math.nan])
+def test_omega_outside_0_to_1_is_refused(omega):
+    with pytest.raises(ValueError, match="omega must lie between 0 and 1"):
+        HierarchicalLogRatioLoss(omega, 3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 10), st.integers(1, 4), st.integers(1, 8), st.integers(1, 8), seeds)
+def test_similarity_counts_the_cuts_that_two_pictures_share(n, num_cuts, a, b, seed):
+    random = np.random.default_rng(seed)
+    levels = tree_levels(n, random, num_cuts)
+    anchors, pictures = (torch.from_numpy(random.integers(0, n, k)) for k in (a, b))
+    found = similarity_levels(levels, anchors, pictures)
+    for row, i in enumerate(anchors.tolist()):
+        for column, j in enumerate(pictures.tolist()):
+            shared = sum(int(level[i]) == int(level[j]) for level in levels)
+            # Two views of one picture: one level more than its nearest relatives.
+            assert int(found[row, column]) == (num_cuts + 1 if i == j else shared)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    def forward(self, x):
+        return poincare.ball(0.5).expmap0(self.layers(x))
+
+
+B, CUTS, CURVATURE = 16, 3, 0.5
+
+
+def _problem():
+    random = np.random.default_rng(4)
+    torch.manual_seed(4)
+    levels = tree_levels(12, random, CUTS)
+    pictures = torch.from_numpy(np.repeat(random.permutation(12)[: B // 2], 2))
+    images = torch.randn(B, 6, dtype=torch.float64)
+    images[5] = images[4]  # two views that look the same
+    return Net().double(), images, pictures, levels, HierarchicalLogRatioLoss(0.8, CUTS + 1)
+
+
+def _gradients_over_ranks():
+    """The recipe of the trainer: local anchors, gathered others, a loss that sums to the global one over ranks."""
+    model, images, pictures, levels, loss_function = _problem()
+    b = B // distributed.world_size()
+    own = slice(distributed.rank() * b, (distributed.rank() + 1) * b)
+    parallel = distributed.data_parallel(model)
+    points = parallel(images[own])
+    all_points = distributed.all_gather_with_gradient(points)
+    all_pictures = distributed.all_gather_with_gradient(pictures[own])
+    is_self = (torch.arange(B)[own, None]) == torch.arange(B)
+    distances = poincare.distance_matrix(points, all_points, CURVATURE)
+    total, anchors = loss_function(distances, similarity_levels(levels, pictures[own], all_pictures), is_self)
+    anchors = distributed.all_reduce_sum(anchors)
+    (distributed.world_size() * total / anchors).backward()
+    loss = distributed.all_reduce_sum(total) / anchors
+    return float(loss), [p.grad for p in model.parameters()]
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_value_and_gradient_over_ranks_are_those_of_one_process(world_size):
+    model, images, pictures, levels, loss_function = _problem()
+    points = model(images)
+    distances = poincare.distance_matrix(points, points, CURVATURE)
+    similarity = similarity_levels(levels, pictures, pictures)
+    total, anchors = loss_function(distances, similarity, torch.eye(B, dtype=torch.bool))
+    loss = total / anchors
+    loss.backward()
+    expected = [p.grad for p in model.parameters()]
+    assert all(gradient.abs().max() > 1e-3 for gradient in expected)
+    for found_loss, found in run_ranks(_gradients_over_ranks, world_size):
+        assert found_loss == pytest.approx(loss.item(), rel=1e-12)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
