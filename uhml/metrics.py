@@ -1,8 +1,8 @@
 """Retrieval and clustering scores on classes never seen in training: Recall@K, MAP@R, NMI.
 
 Every score is a mean over all queries, each exactly once, whatever the number of ranks. A query is left out of its own
-neighbours by its index, not by being nearest. Distances are computed in float64 and equal ones are ranked by index, so
-exact duplicates among the pictures make no difference between one run and another.
+neighbours by its index, not by being nearest. Distances are computed in float64, and those that are equal in float32
+are ranked by index, so exact duplicates among the pictures make no difference between one run and another.
 """
 
 import dataclasses
@@ -18,7 +18,8 @@ from torch import Tensor
 from uhml import distributed, poincare
 from uhml.hierarchy.geometry import Geometry, polar
 
-# Gaps closer than this are the same distance, ranked by index; rounding in float64 stays far below.
+# Gaps are rounded to multiples of this share of the lengths of the vectors whose product they are; the rounding of such
+# a product in float64 stays far below. Near the ball's edge the vectors are long.
 TIE = 2.0**-40
 # Bytes of a block of the distance matrix.
 BLOCK_BYTES = 2**27
@@ -92,16 +93,19 @@ def retrieval(
 
     points = geometry.points(queries.rows.double())
     lifted = geometry.lift(geometry.points(references.rows.double()))
+    longest = lifted.norm(dim=1).max()
     depth = min(len(lifted) - int(within), max(*recall_at, int(relevant.max())))
     own = torch.tensor(distributed.share(num_queries), device=device, dtype=torch.int64)
     recall = torch.zeros(len(own), len(recall_at), dtype=torch.bool, device=device)
     average_precision = torch.zeros(len(own), dtype=torch.float64, device=device)
     for block in torch.arange(len(own), device=device).split(max(1, BLOCK_BYTES // (8 * len(lifted)))):
         rows = own[block]
-        gaps = polar(geometry.lift(points[rows])) @ lifted.T
+        products_with = polar(geometry.lift(points[rows]))
+        gaps = products_with @ lifted.T
         if within:
             gaps[torch.arange(len(rows), device=device), rows] = torch.inf
-        hits = reference_labels[_smallest(gaps, depth)] == labels[rows, None]
+        tie = TIE * longest * products_with.norm(dim=1, keepdim=True)
+        hits = reference_labels[_smallest(gaps, tie, depth)] == labels[rows, None]
         recall[block] = torch.stack([hits[:, :k].any(1) for k in recall_at], 1)
         average_precision[block] = _average_precision_at_r(hits, relevant[rows])
     return (
@@ -110,13 +114,14 @@ def retrieval(
     )
 
 
-def _smallest(gaps: Tensor, depth: int) -> Tensor:
-    """Return the columns ``[b, depth]`` of the smallest gaps of each row, in order, ties by column.
+def _smallest(gaps: Tensor, tie: Tensor, depth: int) -> Tensor:
+    """Return the columns ``[b, depth]`` of the smallest gaps of each row, in order; less than ``tie`` apart by column.
 
     A non-negative float orders as its bits do. With the column in the low half of a 64-bit key no two keys are equal,
     and ``topk``, which breaks ties as it likes, has none to break.
     """
-    steps = (gaps / TIE).round_().mul_(TIE).clamp_min_(0).float()
+    # abs_, for the clamp leaves -0, which has the bits of a huge negative number.
+    steps = (gaps / tie).round_().clamp_min_(0).abs_().float()
     columns = torch.arange(gaps.shape[1], device=gaps.device)
     keys = (steps.view(torch.int32).long() << 32) | columns
     return keys.topk(depth, dim=1, largest=False).values & 0xFFFFFFFF
