@@ -122,6 +122,33 @@ def all_gather_shares(own: Tensor, num_rows: int) -> Tensor:
     return torch.stack(parts, dim=1).flatten(0, 1)[:num_rows]
 
 
+def shares_in_turn(own: Tensor, num_rows: int) -> Iterator[tuple[Tensor, range]]:
+    """Yield every rank's rows and which of all rows they are, own rows first; they go round the ranks in a ring.
+
+    At any time a rank holds its own, one other's and the next one's rows. All ranks must take all of the shares.
+
+    Args:
+        own: ``[len(share(num_rows)), ...]``, this rank's rows.
+        num_rows: the number of rows over all ranks.
+    """
+    here, world = rank(), world_size()
+    yield own, share(num_rows)
+    held = own.contiguous()
+    for step in range(1, world):
+        owner = (here - step) % world
+        rows = range(owner, num_rows, world)
+        arriving = held.new_empty((len(rows), *own.shape[1:]))
+        # Both at once: if all sent first and none received, a large share would wait for ever.
+        exchange = [
+            dist.P2POp(dist.isend, held, (here + 1) % world),
+            dist.P2POp(dist.irecv, arriving, (here - 1) % world),
+        ]
+        for request in dist.batch_isend_irecv(exchange):
+            request.wait()
+        held = arriving
+        yield held, rows
+
+
 class _GatherWithGradient(torch.autograd.Function):
     """All-gather whose backward sums every rank's gradient: the true derivative of a loss on the gathered batch."""
 

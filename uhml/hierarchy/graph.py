@@ -2,6 +2,7 @@
 
 import heapq
 import logging
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,12 +11,14 @@ from uhml.hierarchy.dendrogram import Dendrogram, Merges
 
 logger = logging.getLogger(__name__)
 
-# Multiplying by an odd number permutes the 64-bit integers: it shuffles the edges to break ties between them.
-# (2^64 / golden ratio, as a signed number.)
+# Multiplying by an odd number permutes the 64-bit integers: it shuffles pairs of clusters, to break ties between them.
+# (2^64 / golden ratio, as a signed number, and its inverse.)
 SHUFFLE = -7046029254386353131
+UNSHUFFLE = -1018231460777725123
+NOTHING = torch.iinfo(torch.long).min
 
 
-def graph_linkage(neighbors: Tensor, distances: Tensor) -> Dendrogram:
+def graph_linkage(neighbors: Tensor, distances: Tensor, first_equal: Tensor | None = None) -> Dendrogram:
     """Cluster points by the average similarity ``1 - d / D`` of two clusters, in which an unseen pair counts 0.
 
     That is average linkage (UPGMA) on the full matrix of distances in which every unseen pair has distance D, the
@@ -23,77 +26,170 @@ def graph_linkage(neighbors: Tensor, distances: Tensor) -> Dendrogram:
 
     Reciprocal nearest neighbours are merged all at once, round after round (RAC, arXiv 2105.11653). Average
     linkage is reducible, so the tree is the one that merging the best pair at a time would give. Similarities are
-    integers, scaled so that no sum can overflow: the tree does not depend on the order of sums, on threads or device.
+    integers, in units so small that no sum can overflow: the tree does not depend on the order of sums, on threads or
+    device. Equal linkages are ordered by a shuffle of the pairs of clusters.
 
     Args:
-        neighbors: ``[n, k]`` ids of the points seen from each point, without itself.
+        neighbors: ``[n, k]`` ids of the points seen from each point; its own id is passed over.
         distances: ``[n, k]`` float64; where i sees j and j sees i, their distances are equal.
+        first_equal: ``[n]`` int64, for each point the first point that equals it; by default all differ. Equal points
+            are merged first, at height 0, and share the neighbours of the first; theirs are passed over.
 
     Returns:
-        The tree. Where the graph falls into parts, they are joined at height D, smallest first.
+        The tree. Where the graph falls into parts, they are joined at height D, the smallest first.
     """
-    n = len(neighbors)
-    u, v, distance = _edges(neighbors, distances)
+    n, device = len(neighbors), neighbors.device
+    names = torch.arange(n, device=device)
+    sizes = torch.ones(n, dtype=torch.long, device=device)
+    merges = []
+    if first_equal is not None:
+        merges.append(merge_equal(first_equal))
+        sizes = first_equal.bincount(minlength=n)
+        own = torch.full_like(neighbors, 0) + names[:, None]
+        neighbors = torch.where((first_equal == names)[:, None], neighbors, own)
+    pair, distance = _edges(neighbors, distances)
+    u, v = _ends(pair)
     far = float(distance.max()) if len(distance) else 0.0
-    unit = 2.0 ** (62 - max(len(u), 1).bit_length())
-    total = ((1 - distance / far) * unit).round().long() if far > 0 else u.new_zeros(len(u))
-
-    sizes = torch.ones(n, dtype=torch.long, device=u.device)
-    names = torch.arange(n, device=u.device)
-    merges: list[Merges] = []
-    while True:
-        linked = total > 0
-        u, v, total = u[linked], v[linked], total[linked]
-        if len(u) == 0:
-            break
-        linkage = total.double() / (sizes[u] * sizes[v])
-        chosen = _reciprocal(u, v, linkage, n)
-        kept, absorbed = u[chosen], v[chosen]
-        sizes[kept] += sizes[absorbed]
-        merges.append(Merges(kept, absorbed, far * (1 - linkage[chosen] / unit), sizes[kept]))
-        names[absorbed] = kept
-        u, v, total = _add_parallel(names[u], names[v], total, n)
-    rest = torch.ones(n, dtype=torch.bool, device=u.device)
+    # Every edge stands for the pairs of the points that equal its ends.
+    num_pairs = sizes[u] * sizes[v]
+    unit = 2.0 ** (62 - max(1, int(num_pairs.sum())).bit_length())
+    total = ((1 - distance / far) * unit).round().long() * num_pairs if far > 0 else torch.zeros_like(u)
+    linked = total.nonzero()[:, 0]
+    for kept, absorbed, linkage, size in _rounds(u[linked], v[linked], total[linked], sizes):
+        merges.append(Merges(kept, absorbed, far * (1 - linkage / unit), size))
+    rest = torch.ones(n, dtype=torch.bool, device=device)
     for merge in merges:
         rest[merge.absorbed] = False
+    logger.info("graph linkage: %d rounds, %d unconnected parts", len(merges), int(rest.sum()))
     merges.append(_join_rest(rest.nonzero()[:, 0], sizes, far))
     return Dendrogram.from_merges(merges)
 
 
-def _edges(neighbors: Tensor, distances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each seen pair once: ends ``u < v`` and distance, in the order of (u, v)."""
+def graph_memory(num_points: int, num_neighbors: int) -> int:
+    """Return the bytes that :func:`graph_linkage` takes, with its arguments."""
+    return num_points * (num_neighbors * 80 + 250)
+
+
+def merge_equal(first_equal: Tensor) -> Merges:
+    """Return the merges, at height 0, of each point with the first point that equals it (see graph_linkage)."""
+    names = torch.arange(len(first_equal), device=first_equal.device)
+    by_first = first_equal.sort(stable=True).indices
+    first = first_equal[by_first]
+    before = first.bincount(minlength=len(first)).cumsum(0) - first_equal.bincount(minlength=len(first))
+    sizes = names - before[first] + 1
+    later = (by_first != first).nonzero()[:, 0]
+    heights = torch.zeros(len(later), dtype=torch.float64, device=first_equal.device)
+    return Merges(first[later], by_first[later], heights, sizes[later])
+
+
+def _edges(neighbors: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each seen pair once, in order, and its distance."""
     n, k = neighbors.shape
     i = torch.arange(n, device=neighbors.device).repeat_interleave(k)
     j = neighbors.flatten().long()
-    pair, order = (torch.minimum(i, j) * n + torch.maximum(i, j)).sort()
-    first = torch.ones_like(pair, dtype=torch.bool)
-    first[1:] = pair[1:] != pair[:-1]
-    pair = pair[first]
-    return pair // n, pair % n, distances.flatten()[order[first]]
+    pair, order = _pair(i, j).sort()
+    first = pair != (pair >> 32) * (2**32 + 1)  # not with itself
+    first[1:] &= pair[1:] != pair[:-1]
+    at = first.nonzero()[:, 0]
+    return pair[at], distances.flatten()[order[at]]
 
 
-def _reciprocal(u: Tensor, v: Tensor, linkage: Tensor, n: int) -> Tensor:
-    """Return the edges that are the best edge of both their ends.
+def _pair(u: Tensor, v: Tensor) -> Tensor:
+    """Return one int64 for each pair, in whichever order it is given."""
+    return (torch.minimum(u, v) << 32) | torch.maximum(u, v)
 
-    Edges are totally ordered, by linkage and then by a shuffle of their numbers, so the best edge of all is always
-    among them; the shuffle keeps a chain of equal edges from merging one pair a round.
+
+def _ends(pair: Tensor) -> tuple[Tensor, Tensor]:
+    return pair >> 32, pair & (2**32 - 1)
+
+
+def _rounds(u: Tensor, v: Tensor, total: Tensor, sizes: Tensor) -> Iterator[Merges]:
+    """Merge reciprocal nearest neighbours, round after round, until no edge is left.
+
+    Only edges of clusters that merged, or whose nearest neighbour did, are looked at again: a merge brings no cluster
+    nearer to a third than the nearer of its parts was.
+
+    Args:
+        u: ``[e]`` int64, one end of each edge; overwritten.
+        v: ``[e]`` int64, the other, greater one; overwritten.
+        total: ``[e]`` int64, the sum of the edge's similarities, positive; overwritten.
+        sizes: ``[n]`` int64, the sizes of clusters; brought up to date.
+
+    Yields:
+        The merges of a round, with linkages instead of heights.
     """
-    best = linkage.new_zeros(n).scatter_reduce(0, u, linkage, "amax").scatter_reduce(0, v, linkage, "amax")
-    best_of_u, best_of_v = linkage == best[u], linkage == best[v]
-    rank = torch.arange(len(u), device=u.device) * SHUFFLE
-    lowest = torch.full((n,), torch.iinfo(torch.long).min, device=u.device)
-    top = lowest.scatter_reduce(0, u[best_of_u], rank[best_of_u], "amax")
-    top = top.scatter_reduce(0, v[best_of_v], rank[best_of_v], "amax")
-    return (best_of_u & best_of_v & (rank == top[u]) & (rank == top[v])).nonzero()[:, 0]
+    device = u.device
+    names = torch.arange(len(sizes), device=device)
+    num_edges, gone, renumber = len(u), len(names), True
+    while num_edges > 0:
+        if renumber:
+            # Number the clusters that still have edges 0, 1, ...: what is used together then lies together.
+            still = (u < gone).nonzero()[:, 0]
+            u, v, total = u[still], v[still], total[still]
+            has_edges = torch.zeros(gone + 1, dtype=torch.bool, device=device)
+            has_edges[u] = has_edges[v] = True
+            number = has_edges.cumsum(0) - 1
+            u, v, names = number.index_select(0, u), number.index_select(0, v), names[has_edges[:gone]]
+            gone = len(names)  # the number of the ends of edges that are no more
+            size = torch.cat([sizes[names], names.new_ones(1)]).double()
+            merged_into = torch.arange(gone + 1, device=device)
+            alive = merged_into[:gone]
+            best = size.new_zeros(gone + 1)
+            choice = merged_into.new_full((gone + 1,), NOTHING)
+            dirty = torch.ones(gone + 1, dtype=torch.bool, device=device)
+            dirty[gone] = False
+
+        # The best edge of each dirty cluster: of greatest linkage, then of greatest shuffled pair.
+        at = _touching(dirty, u, v)
+        end, other = u.index_select(0, at), v.index_select(0, at)
+        linkage = total.index_select(0, at).double() / (size.index_select(0, end) * size.index_select(0, other))
+        best.masked_fill_(dirty, 0).scatter_reduce_(0, end, linkage, "amax").scatter_reduce_(0, other, linkage, "amax")
+        choice.masked_fill_(dirty, NOTHING)
+        for side in (end, other):
+            tops = (linkage == best.index_select(0, side)).nonzero()[:, 0]
+            shuffled = _pair(end.index_select(0, tops), other.index_select(0, tops)) * SHUFFLE
+            choice.scatter_reduce_(0, side.index_select(0, tops), shuffled, "amax")
+
+        alive = alive[choice[alive] != NOTHING]
+        chosen = choice[alive]
+        first, second = _ends(chosen * UNSHUFFLE)
+        mutual = (alive == first) & (choice[second] == chosen)
+        kept, absorbed = first[mutual], second[mutual]
+        if len(kept) == 0:
+            # A last bit in a quotient has made a merged cluster nearer than its parts: look at every edge again. In
+            # one order of all edges the first is the choice of both its ends, so that something merges then.
+            dirty[:gone] = True
+            continue
+        size[kept] += size[absorbed]
+        sizes[names[kept]] = size[kept].long()
+        yield Merges(names[kept], names[absorbed], best[kept], sizes[names[kept]])
+
+        merged_into[absorbed] = kept
+        merged = torch.zeros_like(dirty)
+        merged[kept] = merged[absorbed] = True
+        dirty = torch.zeros_like(dirty)
+        dirty[alive] = merged[first] | merged[second]
+        dirty[absorbed] = False
+        choice[absorbed] = NOTHING
+
+        # Relabel the edges of merged clusters and add up those that have become parallel.
+        at = _touching(merged, u, v)
+        end, other = (merged_into.index_select(0, side.index_select(0, at)) for side in (u, v))
+        between = (end != other).nonzero()[:, 0]
+        pair, order = _pair(end.index_select(0, between), other.index_select(0, between)).sort()
+        pair, where = pair.unique_consecutive(return_inverse=True)
+        summands = total.index_select(0, at.index_select(0, between.index_select(0, order)))
+        slots, free = at[: len(pair)], at[len(pair) :]
+        u[slots], v[slots] = _ends(pair)
+        total[slots] = total.new_zeros(len(pair)).index_add_(0, where, summands)
+        u[free] = v[free] = gone
+        num_edges -= len(free)
+        renumber = num_edges < len(u) // 2
 
 
-def _add_parallel(u: Tensor, v: Tensor, total: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Drop loops and add up parallel edges."""
-    between = u != v
-    u, v, total = u[between], v[between], total[between]
-    pair, order = (torch.minimum(u, v) * n + torch.maximum(u, v)).sort()
-    pair, where = pair.unique_consecutive(return_inverse=True)
-    return pair // n, pair % n, total.new_zeros(len(pair)).index_add_(0, where, total[order])
+def _touching(clusters: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Return the edges with an end in a set of clusters, given as a mask."""
+    return (clusters.index_select(0, u) | clusters.index_select(0, v)).nonzero()[:, 0]
 
 
 def _join_rest(names: Tensor, sizes: Tensor, far: float) -> Merges:

@@ -1,63 +1,135 @@
-"""Exact nearest neighbours in any geometry."""
+"""Nearest neighbours of points, in any geometry, in an order that does not depend on how the search was done."""
 
 import torch
 from torch import Tensor
 
 from uhml.hierarchy.geometry import Geometry, polar
+from uhml.hierarchy.search import Search, approximate_search, exact_search
 from uhml.progress import progress
 
-# Neighbours beyond the asked-for k that the float32 search hands over to be put in order in float64, so that its
-# rounding does not decide which of two nearly equal distances is the k-th.
+# Candidates beyond the asked-for k that the search hands over to be put in order.
 SPARE = 4
-QUERIES_PER_BLOCK = 1024
-BASE_PER_BLOCK = 16384
+QUERIES_PER_BLOCK = 16384
+# Few enough that the pairs' coordinates stay in the cache.
+QUERIES_PER_ORDERING = 256
 
 
 def nearest_neighbors(
-    queries: Tensor, query_ids: Tensor, base: Tensor, num_neighbors: int, geometry: Geometry
+    queries: Tensor,
+    query_ids: Tensor,
+    points: Tensor,
+    ids: Tensor,
+    num_neighbors: int,
+    geometry: Geometry,
+    *,
+    min_recall: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Find the nearest other points of each query point.
+    """Find the points nearest to each query.
+
+    Matrix products in the points' precision propose candidates; their gaps are then computed pair by pair in float64.
+    In exact search a bound on the products' rounding says where a point that was not proposed might be nearer; those
+    queries are searched again in float64. So the result depends neither on blocks nor on ranks or threads.
 
     Args:
-        queries: ``[m, d]`` points (see :meth:`Geometry.points`), rows ``query_ids`` of ``base``.
-        query_ids: ``[m]`` int64; a query is not its own neighbour, which is told by this id, not by distance.
-        base: ``[n, d]`` points.
-        num_neighbors: k, at most n - 1.
+        queries: ``[m, d]`` points (see :meth:`Geometry.points`).
+        query_ids: ``[m]`` int64; a query is not its own neighbour, which is told by id, not by distance.
+        points: ``[n, d]`` the points to search.
+        ids: ``[n]`` int64.
+        num_neighbors: k.
         geometry: what is near.
+        min_recall: 1 searches exactly. Less searches fast, and finds at least this share of the neighbours, measured
+            on a sample.
 
     Returns:
-        ids ``[m, k]`` int32 and distances ``[m, k]`` float64, nearest first, equal distances by id.
+        ids ``[m, k]`` int32 and distances ``[m, k]`` float64, nearest first, equal distances by id. Where fewer than k
+        were found, the rest are the query's own id at an infinite distance.
     """
-    num_candidates = min(num_neighbors + SPARE, len(base) - 1)
-    # Gaps in flat geometries do not change when everything is moved: near the origin they cancel least.
-    origin = base.mean(0, dtype=torch.float64).to(base.dtype) if geometry.c == 0 else torch.zeros_like(base[0])
-    lifted = geometry.lift(base - origin)
-    weights = geometry.weights(base)
-    ids, distances = [], []
-    blocks = range(0, len(queries), QUERIES_PER_BLOCK)
-    for start in progress(blocks, "nearest neighbours", unit="block"):
-        block = slice(start, start + QUERIES_PER_BLOCK)
-        own = query_ids[block]
-        candidates = _search(polar(lifted[own]), own, lifted, num_candidates)
-        gaps = geometry.gap(queries[block][:, None], base[candidates], weights[own][:, None], weights[candidates])
-        # Sort by id first, then stably by gap: a total order.
-        candidates, by_id = candidates.sort(1)
-        gaps, by_gap = gaps.gather(1, by_id).sort(dim=1, stable=True)
-        ids.append(candidates.gather(1, by_gap)[:, :num_neighbors].int())
-        distances.append(geometry.distance(gaps[:, :num_neighbors]))
-    return torch.cat(ids), torch.cat(distances)
+    if len(queries) == 0 or len(points) == 0:
+        nothing = query_ids[:, None].expand(-1, num_neighbors).int()
+        return nothing, torch.full(nothing.shape, torch.inf, dtype=torch.float64, device=queries.device)
+    base = _Base(points, ids, num_neighbors, geometry, min_recall)
+    blocks = zip(queries.split(QUERIES_PER_BLOCK), query_ids.split(QUERIES_PER_BLOCK), strict=True)
+    num_blocks = -(-len(queries) // QUERIES_PER_BLOCK)
+    found = [base.neighbors(*block) for block in progress(blocks, "nearest neighbours", total=num_blocks, unit="block")]
+    near_ids, gaps = (torch.cat(column) for column in zip(*found, strict=True))
+    return near_ids.int(), geometry.distance(gaps)
 
 
-def _search(polars: Tensor, own: Tensor, lifted: Tensor, num_candidates: int) -> Tensor:
-    """Return the ids ``[b, num_candidates]`` of the smallest products, all but ``own``."""
-    best = polars.new_empty(len(polars), 0)
-    ids = own.new_empty(len(polars), 0)
-    for start in range(0, len(lifted), BASE_PER_BLOCK):
-        gaps = polars @ lifted[start : start + BASE_PER_BLOCK].T
-        here = ((own >= start) & (own < start + BASE_PER_BLOCK)).nonzero()[:, 0]
-        gaps[here, own[here] - start] = torch.inf
-        nearest, found = gaps.topk(min(num_candidates, gaps.shape[1]), largest=False)
-        best, ids = torch.cat([best, nearest], 1), torch.cat([ids, found + start], 1)
-        best, keep = best.topk(min(num_candidates, best.shape[1]), largest=False)
-        ids = ids.gather(1, keep)
-    return ids
+def search_memory(num_queries: int, num_points: int, points: Tensor, num_neighbors: int) -> int:
+    """Return the bytes that a search among ``num_points`` points like ``points`` takes, beyond the points."""
+    lifted = (points.shape[1] + 2) * points.element_size()
+    # Points and their lift, copied once in the order of the search; the rest is blocks, and what is found, twice.
+    return num_points * (3 * lifted + 64) + 2**29 + num_queries * num_neighbors * 32
+
+
+def nearer(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Merge what :func:`nearest_neighbors` found for the same queries among two sets of points."""
+    return _first(torch.cat([a[0], b[0]], 1), torch.cat([a[1], b[1]], 1), a[0].shape[1])
+
+
+class _Base:
+    """Points made ready to be searched."""
+
+    def __init__(self, points: Tensor, ids: Tensor, num_neighbors: int, geometry: Geometry, min_recall: float) -> None:
+        self._ids, self._points, self._num_neighbors, self._geometry = ids, points, num_neighbors, geometry
+        self._weights = geometry.weights(points)
+        # Gaps in flat geometries do not change when everything is moved: near the origin they cancel least.
+        self._origin = points.mean(0, dtype=torch.float64).to(points.dtype) if geometry.c == 0 else 0
+        lifted = geometry.lift(points - self._origin)
+        self._is_exact = min_recall == 1
+        self._search = (
+            exact_search(lifted)
+            if self._is_exact
+            else approximate_search(points - self._origin, lifted, num_neighbors, min_recall, geometry)
+        )
+        a, b, p = lifted[:, 0].double(), lifted[:, 1].double(), torch.linalg.vector_norm(lifted[:, 2:], dim=1)
+        self._largest = a.max(), b.max(), p.max()
+        self._search64: Search | None = None
+
+    def neighbors(self, queries: Tensor, query_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ids and gaps, ``[m, k]``, of the points nearest to ``[m, d]`` queries."""
+        num_candidates = min(self._num_neighbors + 1 + SPARE, len(self._points))
+        weights = self._geometry.weights(queries)
+        polars = polar(self._geometry.lift(queries - self._origin))
+        screened, positions = self._search(polars, num_candidates)
+        ids, gaps = self._ordered(queries, query_ids, weights, positions)
+        if self._is_exact and queries.dtype != torch.float64 and num_candidates < len(self._points):
+            # What was not proposed has a product of at least the last proposed one, and a gap less by rounding at most.
+            a, b, p = self._largest
+            size = polars[:, 0] * a + polars[:, 1] * b + torch.linalg.vector_norm(polars[:, 2:], dim=1) * p
+            rounding = torch.finfo(polars.dtype).eps * (polars.shape[1] + 4) * size
+            doubtful = (gaps[:, -1] > screened[:, -1] - rounding).nonzero()[:, 0]
+            if len(doubtful) > 0:
+                if self._search64 is None:
+                    self._search64 = exact_search(self._geometry.lift(self._points.double() - self._origin))
+                polars64 = polar(self._geometry.lift(queries[doubtful].double() - self._origin))
+                _, positions = self._search64(polars64, num_candidates)
+                ids[doubtful], gaps[doubtful] = self._ordered(
+                    queries[doubtful], query_ids[doubtful], weights[doubtful], positions
+                )
+        return ids, gaps
+
+    def _ordered(self, queries: Tensor, query_ids: Tensor, weights: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ids and gaps of the ``[m, k]`` nearest of ``[m, k + 1 + SPARE]`` candidates."""
+        ids, gaps = self._ids[positions], weights.new_empty(positions.shape)
+        for start in range(0, len(queries), QUERIES_PER_ORDERING):
+            block = slice(start, start + QUERIES_PER_ORDERING)
+            at = positions[block]
+            gaps[block] = self._geometry.gap(
+                queries[block][:, None], self._points[at], weights[block][:, None], self._weights[at]
+            )
+        own = (positions < 0) | (ids == query_ids[:, None])
+        near = torch.where(own, query_ids[:, None], ids)
+        gaps.masked_fill_(own, torch.inf)
+        # Too few points: the rest are the query itself, infinitely far.
+        lack = max(0, self._num_neighbors - near.shape[1])
+        near = torch.cat([near, query_ids[:, None].expand(-1, lack)], 1)
+        gaps = torch.nn.functional.pad(gaps, (0, lack), value=torch.inf)
+        return _first(near, gaps, self._num_neighbors)
+
+
+def _first(ids: Tensor, gaps: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k smallest gaps of each row and their ids, ordered by gap, then id."""
+    ids, by_id = ids.sort(dim=1)
+    gaps, by_gap = gaps.gather(1, by_id).sort(dim=1, stable=True)
+    return ids.gather(1, by_gap)[:, :k], gaps[:, :k]

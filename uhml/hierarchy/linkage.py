@@ -1,5 +1,7 @@
 """The two doors of the engine: cluster in one process, or with the neighbour search spread over ranks."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -8,12 +10,18 @@ from uhml import distributed
 from uhml.errors import UserError, did_you_mean
 from uhml.hierarchy.dendrogram import Dendrogram
 from uhml.hierarchy.dense import dense_linkage
+from uhml.hierarchy.equal import first_equal, row_hashes
 from uhml.hierarchy.exact import exact_linkage
 from uhml.hierarchy.geometry import Geometry
-from uhml.hierarchy.graph import graph_linkage
-from uhml.hierarchy.knn import nearest_neighbors
+from uhml.hierarchy.graph import graph_linkage, graph_memory
+from uhml.hierarchy.knn import nearer, nearest_neighbors, search_memory
+from uhml.hierarchy.memory import GIB, require
 
 MODES = ("graph", "exact", "dense")
+EXACT_SEARCH_UP_TO = 200_000
+MIN_RECALL = 0.9
+GATHER_UP_TO = 4 * GIB
+FEWER = "Use fewer points, fewer neighbours (num_neighbors), more memory, or spread the search over more ranks."
 
 
 def average_linkage(
@@ -23,6 +31,8 @@ def average_linkage(
     geometry: str = "poincare",
     curvature: float = 0.1,
     num_neighbors: int = 20,
+    exact_search_up_to: int = EXACT_SEARCH_UP_TO,
+    min_recall: float = MIN_RECALL,
     device: torch.device | str | None = None,
 ) -> Dendrogram:
     """Cluster points by average linkage, in this process alone.
@@ -33,8 +43,10 @@ def average_linkage(
         geometry: "poincare", "cosine" or "euclidean".
         curvature: the ball's c (it curves by -c), for "poincare". 0 is the limit of a flat space, where the distance
             is ``2 |x - y|``.
-        num_neighbors: k of the graph of nearest neighbours, at least 1; n - 1 if there are fewer others. Of the modes
-            only "graph" uses it.
+        num_neighbors: k of the graph of nearest neighbours, at least 1; n - 1 if there are fewer others. This and the
+            next two concern mode "graph" only.
+        exact_search_up_to: the number of points up to which neighbours are found exactly.
+        min_recall: above it, the share of the true neighbours to find at least, in (0, 1], measured on a sample.
         device: where to compute; by default where the embeddings are.
 
     Returns:
@@ -42,18 +54,24 @@ def average_linkage(
         Euclidean); in mode "exact" means of ``cosh(sqrt(c) d)``, ``1 - cosine`` or squared Euclidean distance.
 
     Raises:
-        UserError: an option or a row of the embeddings is not usable.
+        UserError: an option or a row of the embeddings is not usable, or memory does not suffice.
     """
-    space = _check(mode, geometry, curvature, num_neighbors)
+    space = _check(mode, geometry, curvature, num_neighbors, min_recall)
     points = space.points(torch.as_tensor(embeddings, device=device))
-    if len(points) == 0:
-        raise UserError("There is nothing to cluster: the embeddings have no rows.")
-    if mode == "dense":
-        return dense_linkage(points, space)
-    if mode == "exact":
-        return exact_linkage(points, space)
-    ids = torch.arange(len(points), device=points.device)
-    return graph_linkage(*nearest_neighbors(points, ids, points, min(num_neighbors, len(points) - 1), space))
+    _check_not_empty(len(points))
+    if mode != "graph":
+        return (dense_linkage if mode == "dense" else exact_linkage)(points, space)
+    n, device = len(points), points.device
+    require(search_memory(n, n, points, num_neighbors) + graph_memory(n, num_neighbors), device, _graph(n), FEWER)
+    first = first_equal(row_hashes(points))
+    ids = torch.arange(n, device=device)
+    distinct = (first == ids).nonzero()[:, 0]
+    recall = _recall(n, exact_search_up_to, min_recall)
+
+    def search(queries: Tensor, query_ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return nearest_neighbors(queries, query_ids, points[distinct], distinct, k, space, min_recall=recall)
+
+    return graph_linkage(*_of_first(points, ids, first, num_neighbors, search), first)
 
 
 def average_linkage_over_ranks(
@@ -64,46 +82,110 @@ def average_linkage_over_ranks(
     geometry: str = "poincare",
     curvature: float = 0.1,
     num_neighbors: int = 20,
+    exact_search_up_to: int = EXACT_SEARCH_UP_TO,
+    min_recall: float = MIN_RECALL,
+    gather_up_to: int = GATHER_UP_TO,
 ) -> Dendrogram | None:
     """Cluster points whose rows are spread over the ranks: the tree of :func:`average_linkage`. A collective.
+
+    In mode "graph" each rank finds the neighbours of its own rows; rank 0 merges while the others wait. The other
+    modes work on rank 0 alone.
 
     Args:
         own_embeddings: ``[len(distributed.share(num_points)), d]``, this rank's rows, on its device.
         num_points: the number of rows over all ranks.
-        mode: as in :func:`average_linkage`, and so are the others.
+        mode: as in :func:`average_linkage`, and so are the next five.
         geometry: see there.
         curvature: see there.
         num_neighbors: see there.
+        exact_search_up_to: see there.
+        min_recall: see there.
+        gather_up_to: up to so many bytes of embeddings every rank holds all of them; larger ones go round the ranks,
+            a share at a time.
 
     Returns:
         The tree on rank 0, None elsewhere.
 
     Raises:
-        UserError: on every rank, if an option or a row on any rank is not usable.
+        UserError: on every rank, if an option or a row on any rank is not usable, or memory does not suffice.
     """
-    space = _check(mode, geometry, curvature, num_neighbors)
-    if num_points == 0:
-        raise UserError("There is nothing to cluster: the embeddings have no rows.")
+    space = _check(mode, geometry, curvature, num_neighbors, min_recall)
+    _check_not_empty(num_points)
     own = distributed.share(num_points)
     own_points = distributed.on_every_rank(lambda: space.points(own_embeddings, own))
-    points = distributed.all_gather_shares(own_points, num_points)
-    if mode == "dense":
-        return distributed.on_main(lambda: dense_linkage(points, space))
-    if mode == "exact":
-        return distributed.on_main(lambda: exact_linkage(points, space))
-    k = min(num_neighbors, num_points - 1)
-    own_ids = torch.arange(own.start, own.stop, own.step, device=points.device)
-    own_neighbors, own_distances = distributed.on_every_rank(
-        lambda: nearest_neighbors(own_points, own_ids, points, k, space)
-    )
+    device = own_points.device
+    if mode != "graph":
+        points = distributed.all_gather_shares(own_points, num_points)
+        return distributed.on_main(lambda: (dense_linkage if mode == "dense" else exact_linkage)(points, space))
+
+    size = num_points * own_points[:1].nbytes if len(own_points) else 0
+    gathers = max(distributed.gather_objects(size)) <= gather_up_to
+    num_searched = num_points if gathers else 2 * len(own)
+    needed = search_memory(len(own), num_searched, own_points, num_neighbors)
+    needed += graph_memory(num_points, num_neighbors) if distributed.is_main() else 12 * num_points * num_neighbors
+    distributed.on_every_rank(lambda: require(needed, device, _graph(num_points), FEWER))
+
+    first = first_equal(distributed.all_gather_shares(row_hashes(own_points), num_points))
+    own_ids = torch.arange(own.start, own.stop, own.step, device=device)
+    recall = _recall(num_points, exact_search_up_to, min_recall)
+
+    def search(queries: Tensor, query_ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        found = None
+        parts = [(distributed.all_gather_shares(own_points, num_points), range(num_points))] if gathers else None
+        for part, rows in parts or distributed.shares_in_turn(own_points, num_points):
+            ids = torch.arange(rows.start, rows.stop, rows.step, device=device)
+            distinct = first[ids] == ids
+
+            # A failure here must reach the ranks that would wait for this one in the next exchange.
+            def search_part(part: Tensor = part[distinct], ids: Tensor = ids[distinct]) -> tuple[Tensor, Tensor]:
+                return nearest_neighbors(queries, query_ids, part, ids, k, space, min_recall=recall)
+
+            here = distributed.on_every_rank(search_part)
+            found = here if found is None else nearer(found, here)
+        assert found is not None
+        return found
+
+    own_neighbors, own_distances = _of_first(own_points, own_ids, first, num_neighbors, search)
     neighbors = distributed.all_gather_shares(own_neighbors, num_points)
     distances = distributed.all_gather_shares(own_distances, num_points)
-    return distributed.on_main(lambda: graph_linkage(neighbors, distances))
+    return distributed.on_main(lambda: graph_linkage(neighbors, distances, first))
 
 
-def _check(mode: str, geometry: str, curvature: float, num_neighbors: int) -> Geometry:
+def _of_first(
+    points: Tensor,
+    ids: Tensor,
+    first: Tensor,
+    num_neighbors: int,
+    search: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """Search for those points only that no earlier point equals; the others get themselves as neighbours."""
+    num_distinct = int((first == torch.arange(len(first), device=first.device)).sum())
+    k = min(num_neighbors, num_distinct - 1)
+    neighbors = ids[:, None].expand(-1, k).int().contiguous()
+    distances = torch.full(neighbors.shape, torch.inf, dtype=torch.float64, device=ids.device)
+    is_first = first[ids] == ids
+    neighbors[is_first], distances[is_first] = search(points[is_first], ids[is_first], k)
+    return neighbors, distances
+
+
+def _recall(num_points: int, exact_search_up_to: int, min_recall: float) -> float:
+    return 1.0 if num_points <= exact_search_up_to else min_recall
+
+
+def _graph(num_points: int) -> str:
+    return f"mode=graph on {num_points:,} points"
+
+
+def _check_not_empty(num_points: int) -> None:
+    if num_points == 0:
+        raise UserError("There is nothing to cluster: the embeddings have no rows.")
+
+
+def _check(mode: str, geometry: str, curvature: float, num_neighbors: int, min_recall: float) -> Geometry:
     if mode not in MODES:
         raise UserError(f"mode={mode!r} is not one of {', '.join(MODES)}.{did_you_mean(mode, MODES)}")
     if num_neighbors < 1:
         raise UserError(f"num_neighbors={num_neighbors} must be at least 1.")
+    if not 0 < min_recall <= 1:
+        raise UserError(f"min_recall={min_recall} must be more than 0, and 1 at most.")
     return Geometry(geometry, curvature)

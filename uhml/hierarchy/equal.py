@@ -1,0 +1,33 @@
+"""Which points are equal. Equal points are merged before anything else, so that they crowd out no neighbours."""
+
+import torch
+from torch import Tensor
+
+# Odd, random bits (2^64 / golden ratio, as a signed number).
+MULTIPLIER = -7046029254386353131
+ROWS_PER_BLOCK = 8192
+
+
+def row_hashes(points: Tensor) -> Tensor:
+    """Return a 64-bit hash of each row's bits, ``[n]`` int64: equal rows have equal hashes, on every device and rank.
+
+    Two rows of n that differ share a hash with probability n^2 / 2^65: three in a million at ten million points.
+    """
+    words = torch.int64 if points.dtype == torch.float64 else torch.int32
+    hashes = torch.zeros(len(points), dtype=torch.long, device=points.device)
+    for start in range(0, len(points), ROWS_PER_BLOCK):
+        block = points[start : start + ROWS_PER_BLOCK] + 0.0  # -0.0 equals 0.0
+        mixed = hashes[start : start + ROWS_PER_BLOCK]
+        for column in block.view(words).T.contiguous():
+            mixed.bitwise_xor_(column).mul_(MULTIPLIER)
+            mixed.bitwise_xor_(mixed >> 29)
+    return hashes
+
+
+def first_equal(hashes: Tensor) -> Tensor:
+    """Return the first row that has each row's hash, ``[n]`` int64."""
+    in_order, rows = hashes.sort(stable=True)
+    group = in_order.unique_consecutive(return_inverse=True)[1]
+    starts = torch.ones_like(group, dtype=torch.bool)
+    starts[1:] = group[1:] != group[:-1]
+    return torch.empty_like(rows).scatter_(0, rows, rows[starts][group])

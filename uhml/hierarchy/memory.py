@@ -1,0 +1,51 @@
+"""Say before a long computation whether its memory will be there."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from uhml.errors import UserError
+
+GIB = 2**30
+
+
+def available(device: torch.device) -> int:
+    """Return the bytes that this process can still take on ``device``; on a CPU, within the container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = []
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    except (OSError, KeyError):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limits.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such control group, or "max"
+            continue
+    return min(limits)
+
+
+def require(num_bytes: float, device: torch.device, work: str, remedy: str) -> None:
+    """Refuse work that needs more memory than there is.
+
+    Args:
+        num_bytes: what the work takes, beyond what is taken now.
+        device: where.
+        work: what it is, as the subject of a sentence: "mode=graph on 1,000 points".
+        remedy: what the user can do: "Use fewer points.".
+
+    Raises:
+        UserError: it does not fit.
+    """
+    there = available(device)
+    if num_bytes > there:
+        raise UserError(
+            f"{work} needs about {num_bytes / GIB:.1f} GiB of memory on {device}, and {there / GIB:.1f} GiB are free. "
+            f"{remedy}"
+        )
