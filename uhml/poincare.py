@@ -12,8 +12,14 @@ from torch import Tensor
 
 
 def ball(curvature: float) -> geoopt.PoincareBall:
-    """Return geoopt's ball of sectional curvature ``-curvature``."""
-    return geoopt.PoincareBall(c=curvature)
+    """Return geoopt's ball of sectional curvature ``-curvature``, without weights."""
+    fixed = geoopt.PoincareBall(c=curvature)
+    # geoopt keeps the curvature as a parameter. In a network's weights it would come along with model.init_from, and
+    # the exponential map would be another ball's than the distances.
+    for name, value in list(fixed.named_parameters()):
+        delattr(fixed, name)
+        fixed.register_buffer(name, value.detach(), persistent=False)
+    return fixed
 
 
 def distance_matrix(x: Tensor, y: Tensor, curvature: float) -> Tensor:
