@@ -1,5 +1,6 @@
 """Backbones: any timm or torchvision network, cut before its classifier, with the weights the user names."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,17 +93,22 @@ def _torchvision_network(name: str, from_hub: bool, image_size: int) -> tuple[nn
     weights = "DEFAULT" if from_hub else None
     network = _from_hub(lambda: torchvision.models.get_model(name, weights=weights), name)
     for module in network.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.Dropout | torchvision.ops.StochasticDepth):
             module.p = 0.0  # as timm does without being asked: dropout is for training classifiers
     if getattr(
         network, "aux_logits", False
     ):  # GoogLeNet and Inception: classifiers half-way up, for their own training
         network.aux_logits = False  # type: ignore[assignment]
-        for name in ("aux1", "aux2", "AuxLogits"):
-            if hasattr(network, name):
-                setattr(network, name, None)
-    # The classifier is the last linear layer in every torchvision classifier, whatever it is called there.
-    last = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
+        for auxiliary in ("aux1", "aux2", "AuxLogits"):
+            if hasattr(network, auxiliary):
+                setattr(network, auxiliary, None)
+    # The classifier is the last linear layer, whatever it is called there, of all but SqueezeNet.
+    linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise UserError(
+            f"model.backbone={TORCHVISION}{name} has no linear classifier to cut off: take another network, or timm's."
+        )
+    last = linear[-1]
     parent, _, attribute = last.rpartition(".")
     setattr(network.get_submodule(parent), attribute, nn.Identity())
     return network, IMAGENET_MEAN, IMAGENET_STD
@@ -169,5 +175,18 @@ def _load_strictly(network: nn.Module, state: dict[str, Tensor], source: str) ->
         raise UserError(
             f"The weights in {source} are not this backbone's: {len(missing)} of its {len(wanted)} tensors are missing "
             f"and {len(unfit)} have another shape ({first})."
+        )
+    # A deeper network of the same make has all these tensors too, and more of their kind.
+    kinds = {re.sub(r"\d+", "#", name) for name in wanted}
+    cut_off = {path for path, module in network.named_modules() if isinstance(module, nn.Identity)}
+    deeper = [
+        name
+        for name in state
+        if name not in wanted and re.sub(r"\d+", "#", name) in kinds and name.rpartition(".")[0] not in cut_off
+    ]
+    if deeper:
+        raise UserError(
+            f"The weights in {source} are not this backbone's but a deeper one's: it has no {deeper[0]} "
+            f"({len(deeper)} such tensors in all)."
         )
     network.load_state_dict({name: state[name] for name in wanted}, strict=False)
