@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from uhml.hierarchy.dendrogram import Merges
+
 # Odd, random bits (2^64 / golden ratio, as a signed number).
 MULTIPLIER = -7046029254386353131
 ROWS_PER_BLOCK = 8192
@@ -31,3 +33,15 @@ def first_equal(hashes: Tensor) -> Tensor:
     starts = torch.ones_like(group, dtype=torch.bool)
     starts[1:] = group[1:] != group[:-1]
     return torch.empty_like(rows).scatter_(0, rows, rows[starts][group])
+
+
+def merge_equal(first_equal: Tensor) -> Merges:
+    """Return the merges, at height 0, of each point with the first point that equals it (see :func:`first_equal`)."""
+    names = torch.arange(len(first_equal), device=first_equal.device)
+    by_first = first_equal.sort(stable=True).indices
+    first = first_equal[by_first]
+    before = first.bincount(minlength=len(first)).cumsum(0) - first_equal.bincount(minlength=len(first))
+    sizes = names - before[first] + 1
+    later = (by_first != first).nonzero()[:, 0]
+    heights = torch.zeros(len(later), dtype=torch.float64, device=first_equal.device)
+    return Merges(first[later], by_first[later], heights, sizes[later])

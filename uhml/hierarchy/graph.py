@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from uhml.hierarchy.dendrogram import Dendrogram, Merges
+from uhml.hierarchy.equal import merge_equal
+from uhml.hierarchy.pairs import SHUFFLE, UNSHUFFLE, ends, pair
 
 logger = logging.getLogger(__name__)
 
-# Multiplying by an odd number permutes the 64-bit integers: it shuffles pairs of clusters, to break ties between them.
-# (2^64 / golden ratio, as a signed number, and its inverse.)
-SHUFFLE = -7046029254386353131
-UNSHUFFLE = -1018231460777725123
 NOTHING = torch.iinfo(torch.long).min
 
 
@@ -47,8 +45,8 @@ def graph_linkage(neighbors: Tensor, distances: Tensor, first_equal: Tensor | No
         sizes = first_equal.bincount(minlength=n)
         own = torch.full_like(neighbors, 0) + names[:, None]
         neighbors = torch.where((first_equal == names)[:, None], neighbors, own)
-    pair, distance = _edges(neighbors, distances)
-    u, v = _ends(pair)
+    pairs, distance = _edges(neighbors, distances)
+    u, v = ends(pairs)
     far = float(distance.max()) if len(distance) else 0.0
     # Every edge stands for the pairs of the points that equal its ends.
     num_pairs = sizes[u] * sizes[v]
@@ -70,37 +68,16 @@ def graph_memory(num_points: int, num_neighbors: int) -> int:
     return num_points * (num_neighbors * 80 + 250)
 
 
-def merge_equal(first_equal: Tensor) -> Merges:
-    """Return the merges, at height 0, of each point with the first point that equals it (see graph_linkage)."""
-    names = torch.arange(len(first_equal), device=first_equal.device)
-    by_first = first_equal.sort(stable=True).indices
-    first = first_equal[by_first]
-    before = first.bincount(minlength=len(first)).cumsum(0) - first_equal.bincount(minlength=len(first))
-    sizes = names - before[first] + 1
-    later = (by_first != first).nonzero()[:, 0]
-    heights = torch.zeros(len(later), dtype=torch.float64, device=first_equal.device)
-    return Merges(first[later], by_first[later], heights, sizes[later])
-
-
 def _edges(neighbors: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
     """Return each seen pair once, in order, and its distance."""
     n, k = neighbors.shape
     i = torch.arange(n, device=neighbors.device).repeat_interleave(k)
     j = neighbors.flatten().long()
-    pair, order = _pair(i, j).sort()
-    first = pair != (pair >> 32) * (2**32 + 1)  # not with itself
-    first[1:] &= pair[1:] != pair[:-1]
+    pairs, order = pair(i, j).sort()
+    first = pairs != (pairs >> 32) * (2**32 + 1)  # not with itself
+    first[1:] &= pairs[1:] != pairs[:-1]
     at = first.nonzero()[:, 0]
-    return pair[at], distances.flatten()[order[at]]
-
-
-def _pair(u: Tensor, v: Tensor) -> Tensor:
-    """Return one int64 for each pair, in whichever order it is given."""
-    return (torch.minimum(u, v) << 32) | torch.maximum(u, v)
-
-
-def _ends(pair: Tensor) -> tuple[Tensor, Tensor]:
-    return pair >> 32, pair & (2**32 - 1)
+    return pairs[at], distances.flatten()[order[at]]
 
 
 def _rounds(u: Tensor, v: Tensor, total: Tensor, sizes: Tensor) -> Iterator[Merges]:
@@ -147,12 +124,12 @@ def _rounds(u: Tensor, v: Tensor, total: Tensor, sizes: Tensor) -> Iterator[Merg
         choice.masked_fill_(dirty, NOTHING)
         for side in (end, other):
             tops = (linkage == best.index_select(0, side)).nonzero()[:, 0]
-            shuffled = _pair(end.index_select(0, tops), other.index_select(0, tops)) * SHUFFLE
+            shuffled = pair(end.index_select(0, tops), other.index_select(0, tops)) * SHUFFLE
             choice.scatter_reduce_(0, side.index_select(0, tops), shuffled, "amax")
 
         alive = alive[choice[alive] != NOTHING]
         chosen = choice[alive]
-        first, second = _ends(chosen * UNSHUFFLE)
+        first, second = ends(chosen * UNSHUFFLE)
         mutual = (alive == first) & (choice[second] == chosen)
         kept, absorbed = first[mutual], second[mutual]
         if len(kept) == 0:
@@ -176,12 +153,12 @@ def _rounds(u: Tensor, v: Tensor, total: Tensor, sizes: Tensor) -> Iterator[Merg
         at = _touching(merged, u, v)
         end, other = (merged_into.index_select(0, side.index_select(0, at)) for side in (u, v))
         between = (end != other).nonzero()[:, 0]
-        pair, order = _pair(end.index_select(0, between), other.index_select(0, between)).sort()
-        pair, where = pair.unique_consecutive(return_inverse=True)
+        pairs, order = pair(end.index_select(0, between), other.index_select(0, between)).sort()
+        pairs, where = pairs.unique_consecutive(return_inverse=True)
         summands = total.index_select(0, at.index_select(0, between.index_select(0, order)))
-        slots, free = at[: len(pair)], at[len(pair) :]
-        u[slots], v[slots] = _ends(pair)
-        total[slots] = total.new_zeros(len(pair)).index_add_(0, where, summands)
+        slots, free = at[: len(pairs)], at[len(pairs) :]
+        u[slots], v[slots] = ends(pairs)
+        total[slots] = total.new_zeros(len(pairs)).index_add_(0, where, summands)
         u[free] = v[free] = gone
         num_edges -= len(free)
         renumber = num_edges < len(u) // 2

@@ -57,7 +57,7 @@ def average_linkage(
         UserError: an option or a row of the embeddings is not usable, or memory does not suffice.
     """
     space = _check(mode, geometry, curvature, num_neighbors, min_recall)
-    points = space.points(torch.as_tensor(embeddings, device=device))
+    points = space.points(_precise(torch.as_tensor(embeddings, device=device), mode))
     _check_not_empty(len(points))
     if mode != "graph":
         return (dense_linkage if mode == "dense" else exact_linkage)(points, space)
@@ -112,7 +112,7 @@ def average_linkage_over_ranks(
     space = _check(mode, geometry, curvature, num_neighbors, min_recall)
     _check_not_empty(num_points)
     own = distributed.share(num_points)
-    own_points = distributed.on_every_rank(lambda: space.points(own_embeddings, own))
+    own_points = distributed.on_every_rank(lambda: space.points(_precise(own_embeddings, mode), own))
     device = own_points.device
     if mode != "graph":
         points = distributed.all_gather_shares(own_points, num_points)
@@ -166,6 +166,11 @@ def _of_first(
     is_first = first[ids] == ids
     neighbors[is_first], distances[is_first] = search(points[is_first], ids[is_first], k)
     return neighbors, distances
+
+
+def _precise(embeddings: Tensor, mode: str) -> Tensor:
+    """Give exact means their exact points: unit vectors rounded to float32 would be off by 1e-8."""
+    return embeddings.double() if mode != "graph" and embeddings.is_floating_point() else embeddings
 
 
 def _recall(num_points: int, exact_search_up_to: int, min_recall: float) -> float:

@@ -54,6 +54,14 @@ def exact_search(lifted: Tensor) -> Search:
     return in_blocks
 
 
+def rounding(polars: Tensor, lifted: Tensor) -> Tensor:
+    """Return a bound, ``[b]`` float64, on how far products with any of the lifted points are off the true gaps."""
+    a, b, p = lifted[:, 0].double(), lifted[:, 1].double(), torch.linalg.vector_norm(lifted[:, 2:], dim=1)
+    size = polars[:, 0] * a.max() + polars[:, 1] * b.max() + torch.linalg.vector_norm(polars[:, 2:], dim=1) * p.max()
+    # As many roundings as terms, and a few for the lift itself.
+    return size * (torch.finfo(polars.dtype).eps * (polars.shape[1] + 4))
+
+
 def _faiss_search(lifted: Tensor) -> Search:
     import faiss
 
