@@ -118,6 +118,26 @@ def test_same_seed_same_run(finished, shapes, config, tmp_path):
     assert figures(other, "train")[0]["loss"] != figures(finished, "train")[0]["loss"]
 
 
+@pytest.mark.parametrize(
+    ("mode", "geometry", "cut_by", "cuts"),
+    [
+        ("exact", "poincare", "heights", "[1.02,1.05]"),
+        ("exact", "cosine", "quantiles", "[0.5,0.9]"),
+        ("dense", "poincare", "heights", "[0.5,1.5,2.5]"),
+        ("graph", "cosine", "counts", "[9]"),
+    ],
+)
+def test_every_way_to_a_hierarchy(shapes, config, tmp_path, mode, geometry, cut_by, cuts):
+    hierarchy = {"mode": mode, "geometry": geometry, "cut_by": cut_by, "cuts": cuts}
+    overrides = [f"hierarchy.{key}={value}" for key, value in hierarchy.items()]
+    assert run(config, shapes, tmp_path / "run", "train.num_steps=2", *overrides) == 0
+    levels = figures(tmp_path / "run", "hierarchy")[0]
+    sizes = [value for name, value in levels.items() if name.endswith("_clusters")]
+    assert len(sizes) == len(cuts.split(","))
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(1 <= size <= NUM_CLASSES // 2 * PER_CLASS for size in sizes)
+
+
 @pytest.mark.ddp
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 4])

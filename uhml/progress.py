@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -17,7 +17,14 @@ SECONDS_BETWEEN_LINES = 15.0
 SECONDS_BEFORE_FIRST = 1.0
 
 
-def progress(iterable: Iterable[T], description: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:
+def progress(
+    iterable: Iterable[T],
+    description: str,
+    *,
+    total: int | None = None,
+    unit: str = "it",
+    note: Callable[[], str] = str,
+) -> Iterator[T]:
     """Yield from ``iterable`` and show how far it is.
 
     Args:
@@ -25,13 +32,14 @@ def progress(iterable: Iterable[T], description: str, *, total: int | None = Non
         description: what is being done, in a few words: "embed train pictures".
         total: number of items; by default ``len(iterable)``.
         unit: what one item is, in the singular: "batch".
+        note: what to say beside it, asked each time: "loss 0.12".
     """
     if total is None:
         total = len(iterable)  # type: ignore[arg-type]
     if not distributed.is_main():
         yield from iterable
     elif sys.stderr.isatty():
-        yield from tqdm(
+        bar = tqdm(
             iterable,
             description,
             total,
@@ -40,16 +48,20 @@ def progress(iterable: Iterable[T], description: str, *, total: int | None = Non
             delay=SECONDS_BEFORE_FIRST,
             dynamic_ncols=True,
         )
+        for item in bar:
+            yield item
+            bar.set_postfix_str(note(), refresh=False)
     else:
-        yield from _lines(iterable, description, total, unit)
+        yield from _lines(iterable, description, total, note)
 
 
-def _lines(iterable: Iterable[T], description: str, total: int, unit: str) -> Iterator[T]:
+def _lines(iterable: Iterable[T], description: str, total: int, note: Callable[[], str]) -> Iterator[T]:
     start = last = time.monotonic()
     for done, item in enumerate(iterable):
         now = time.monotonic()
         if now - last > SECONDS_BETWEEN_LINES:
             last = now
             left = (now - start) / max(done, 1) * (total - done)
-            logger.info("%s: %d of %d, %.0f s left", description, done, total, left)
+            said = [f"{description}: {done} of {total}", note(), f"{left:.0f} s left"]
+            logger.info(", ".join(filter(None, said)))
         yield item

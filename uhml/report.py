@@ -115,7 +115,7 @@ class Reporter:
 
 
 def _sheet(level: NDArray[np.int32], pictures: Pictures) -> torch.Tensor:
-    """Draw one row per cluster: clusters of all sizes from the largest down, the first pictures of each."""
+    """Draw one row per cluster: clusters of all sizes from the largest down, pictures from all over each."""
     ids, sizes = np.unique(level, return_counts=True)
     by_size = ids[np.argsort(-sizes, kind="stable")]
     by_size = by_size[: max(1, int((sizes > 1).sum()))]
@@ -123,7 +123,8 @@ def _sheet(level: NDArray[np.int32], pictures: Pictures) -> torch.Tensor:
     blank = torch.full((3, THUMBNAIL, THUMBNAIL), 255, dtype=torch.uint8)
     tiles = []
     for cluster in chosen:
-        members = np.flatnonzero(level == cluster)[:SHEET_PICTURES]
+        members = np.flatnonzero(level == cluster)
+        members = members[np.unique(np.linspace(0, len(members) - 1, SHEET_PICTURES).astype(int))]
         # Square tiles, the whole picture in each.
         row = [
             pil_to_tensor(ImageOps.pad(load_rgb(pictures.paths[i]), (THUMBNAIL, THUMBNAIL), color="white"))

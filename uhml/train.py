@@ -63,7 +63,14 @@ def train(config: Config, run_dir: Path, overwrite: bool = False) -> dict[str, A
         num_levels = len(config.hierarchy.cuts) + (config.mining.num_views > 1)
         loss_function = HierarchicalLogRatioLoss(config.loss.omega, num_levels)
 
-        for step in progress(range(config.train.num_steps), "train", unit="step"):
+        figures: dict[str, Tensor | float] = {}
+        steps = progress(
+            range(config.train.num_steps),
+            "train",
+            unit="step",
+            note=lambda: f"loss {float(figures['loss']):.4f}" if figures else "",
+        )
+        for step in steps:
             if step % config.hierarchy.recluster_every == 0:
                 levels = discover_hierarchy(model, splits.train, config, run_dir, report, step)
                 batches = iter(cluster_batches(model, splits.train, levels, config, step))
