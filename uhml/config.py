@@ -10,10 +10,10 @@ import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 import pydantic
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter
 from yaml import YAMLError
@@ -107,7 +107,7 @@ class ModelConfig:
     of its singular value; as a random orthogonal map; or at random, as torch does it."""
 
     start_norm: Positive = 1.0
-    """Mean norm of the training pictures' features after the linear layer at the start, in units of
+    """Root mean square norm of the training pictures' features after the linear layer at the start, in units of
     model.clip_radius. It is a fixed factor beside the weights, which stay at unit scale."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -196,7 +196,7 @@ class TrainConfig:
     global_batch_size: Annotated[int, Field(ge=4, strict=True)] = 128
     """Embeddings in one step over all ranks, every view counted."""
 
-    seed: Whole = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     """Seed of everything random. The same seed gives the same batches and augmentations on any number of ranks."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -259,13 +259,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise UserError(f"{override!r} is no override: write section.key=value, as in train.num_steps=100.")
     try:
         from_file = OmegaConf.load(path)
+        if not isinstance(from_file, DictConfig):
+            raise UserError(f"{path} must be a mapping of sections ({', '.join(_sections())}), not a list.")
         merged = OmegaConf.merge(from_file, OmegaConf.from_dotlist(list(overrides)))
         raw = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, ValueError) as e:
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, OSError) as e:
         raise UserError(f"{path} and the overrides are no valid YAML mapping: {' '.join(str(e).split())}") from e
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must be a mapping of sections ({', '.join(_sections())}), not a list.")
-    return parse_config(raw, str(path))
+    return parse_config(cast(dict[Any, Any], raw), str(path))
 
 
 def parse_config(raw: dict[Any, Any], source: str) -> Config:
