@@ -36,7 +36,7 @@ def share_loader(pictures: Pictures, transform: Transform, batch_size: int, num_
     Yields:
         Images ``[b, 3, h, w]``.
     """
-    return DataLoader(_Share(pictures, transform), batch_size, num_workers=num_workers)
+    return DataLoader(_Share(pictures, transform), batch_size, num_workers=num_workers, generator=_own_generator())
 
 
 class _View:
@@ -112,4 +112,10 @@ def training_batches(
         batch_sampler=_RankBatches(batch_of_step, steps, num_views),
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
+        generator=_own_generator(),
     )
+
+
+def _own_generator() -> torch.Generator:
+    """Return what a loader draws its workers' seeds from, which would be torch's global generator otherwise."""
+    return torch.Generator().manual_seed(0)
