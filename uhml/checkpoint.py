@@ -25,8 +25,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
             os.fsync(file.fileno())
         aside.replace(path)
     except (OSError, RuntimeError) as e:
-        aside.unlink(missing_ok=True)
         raise UserError(f"The checkpoint {path} cannot be written: {e}") from e
+    finally:
+        aside.unlink(missing_ok=True)
     return path
 
 
@@ -54,7 +55,7 @@ def load_weights(model: nn.Module, source: str) -> None:
         raise UserError(f"model.init_from={path} is damaged or no checkpoint of uhml.") from e
     try:
         model.load_state_dict(weights)
-    except RuntimeError as e:
+    except (RuntimeError, TypeError) as e:
         reason = " ".join(str(e).split())[:300]
         raise UserError(
             f"model.init_from={path} is of another network than model.backbone and model.embedding_dim: {reason}"
