@@ -47,7 +47,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         for rank in range(world_size):
             receiver, sender = CONTEXT.Pipe(duplex=False)
             ours = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = CONTEXT.Process(target=_rank, args=(sender, ours, function, args), daemon=False)
+            start_method = multiprocessing.get_start_method()
+            process = CONTEXT.Process(target=_rank, args=(sender, start_method, ours, function, args), daemon=False)
             process.start()
             sender.close()
             processes.append(process)
@@ -81,7 +82,11 @@ def _results(pipes: dict[Any, int], world_size: int, deadline: float) -> list[An
     return results
 
 
-def _rank(sender: Any, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(
+    sender: Any, start_method: str, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    # What a rank starts itself, workers of a loader, it starts as everywhere else.
+    multiprocessing.set_start_method(start_method, force=True)
     os.environ.update(environment)
     try:
         with distributed.process_group("cpu"):

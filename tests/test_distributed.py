@@ -37,6 +37,26 @@ def test_shares_are_put_together_in_the_order_of_the_rows(world_size):
         assert owned == list(range(7))
 
 
+def _shares_in_turn(num_rows):
+    rows = torch.arange(3 * num_rows, dtype=torch.float64).reshape(num_rows, 3)
+    own = rows[list(distributed.share(num_rows))]
+    taken = [(part.clone(), list(numbers)) for part, numbers in distributed.shares_in_turn(own, num_rows)]
+    assert taken[0][1] == list(distributed.share(num_rows))
+    assert all(torch.equal(part, rows[numbers]) for part, numbers in taken)
+    return sorted(number for _, numbers in taken for number in numbers)
+
+
+def _all_shares_in_turn():
+    return [_shares_in_turn(n) for n in (0, 1, 3, 7)]
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_shares_in_turn_bring_every_row_once_to_every_rank(world_size):
+    expected = [list(range(n)) for n in (0, 1, 3, 7)]
+    assert run_ranks(_all_shares_in_turn, world_size) == [expected] * world_size
+
+
 def _gather_and_use_elsewhere(values, factor):
     """Differentiate, on each rank, (rank + 1) * sum((gathered + factor)³)."""
     rank, world = distributed.rank(), distributed.world_size()
