@@ -204,6 +204,14 @@ def test_a_run_is_never_overwritten_unasked(finished, shapes, config, caplog):
     assert result(finished)["steps"] == 2
 
 
+def test_a_run_that_never_began_leaves_its_folder_free(shapes, config, tmp_path, caplog):
+    run_dir = tmp_path / "run"
+    assert run(config, tmp_path / "mistyped", run_dir) == 2
+    assert "mistyped is no folder" in caplog.text
+    assert "mistyped is no folder" in (run_dir / "logs" / "rank0.log").read_text()
+    assert run(config, shapes, run_dir, "train.num_steps=0") == 0
+
+
 def test_nan_stops_before_the_step(shapes, config, tmp_path, caplog, monkeypatch):
     seen = []
     true_step = uhml.train.train_step

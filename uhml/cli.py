@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
-    train.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of single keys")
+    train.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="overrides of single keys")
     train.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/CONFIG-DATE-TIME)")
     train.add_argument("--overwrite", action="store_true", help="replace the run that is in --run-dir")
     train.set_defaults(run=_train)

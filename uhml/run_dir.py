@@ -30,7 +30,7 @@ def open_run_dir(run_dir: Path, config: Config, overwrite: bool) -> Iterator[Non
         strange = [name for name in present if name not in CONTENTS]
         if strange:
             raise UserError(f"{run_dir} holds {strange[0]!r}, which no run leaves: name another folder by --run-dir.")
-        if present and not overwrite:
+        if present and not overwrite and not _ended_before_it_began(run_dir):
             raise UserError(f"{run_dir} holds a run already: name another folder by --run-dir, or add --overwrite.")
         for name in present:
             path = run_dir / name
@@ -48,3 +48,10 @@ def open_run_dir(run_dir: Path, config: Config, overwrite: bool) -> Iterator[Non
     distributed.on_main(make_or_explain)
     with logs.to_file(run_dir / "logs" / f"rank{distributed.rank()}.log"):
         yield
+
+
+def _ended_before_it_began(run_dir: Path) -> bool:
+    """Whether a run left nothing here worth keeping: a mistyped data.root, mended, needs no other folder."""
+    if any((run_dir / "checkpoints").glob("*")) or not (run_dir / "logs" / "rank0.log").exists():
+        return False
+    return not any((run_dir / name).exists() for name in ("hierarchy.npz", "result.json"))
