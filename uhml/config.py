@@ -6,6 +6,7 @@ process group, picture or weight is touched.
 """
 
 import dataclasses
+import math
 import os
 import textwrap
 from collections.abc import Sequence
@@ -95,7 +96,7 @@ class ModelConfig:
     embedding_dim: Count = 128
     """Number of dimensions of the embedding."""
 
-    curvature: NonNegative = 0.1
+    curvature: Annotated[float, Field(ge=0, le=80)] = 0.1
     """c in the ball's sectional curvature -c; its radius is 1/sqrt(c). 0 is the Euclidean control."""
 
     clip_radius: Positive = 2.3
@@ -371,6 +372,14 @@ def _contradictions(config: Config) -> Any:
     if data.augment_scale[0] > data.augment_scale[1] or data.augment_ratio[0] > data.augment_ratio[1]:
         yield "data.augment_scale and data.augment_ratio go from the least to the greatest."
     yield from _cut_problems(hierarchy)
+    # geoopt pulls float32 points back to 0.996 of the ball's radius, which the exponential map reaches at this length.
+    longest = math.atanh(0.996) / math.sqrt(config.model.curvature) if config.model.curvature else math.inf
+    if config.model.clip_radius > longest:
+        yield (
+            f"model.clip_radius={config.model.clip_radius} reaches so far to the edge of the ball of "
+            f"model.curvature={config.model.curvature} that float32 cannot tell points apart there: take at most "
+            f"{longest:.3g}."
+        )
     if config.model.weights == "package" and config.model.backbone != "tf_efficientnet_lite0":
         yield (
             f"model.weights=package holds tf_efficientnet_lite0 only; for model.backbone={config.model.backbone} take "

@@ -13,12 +13,13 @@ from torch import Tensor
 
 def ball(curvature: float) -> geoopt.PoincareBall:
     """Return geoopt's ball of sectional curvature ``-curvature``, without weights."""
-    fixed = geoopt.PoincareBall(c=curvature)
-    # geoopt keeps the curvature as a parameter. In a network's weights it would come along with model.init_from, and
+    # In float64, for geoopt keeps log(exp(c) - 1), where float32 loses a small c: 1e-6 would be 5 % off.
+    fixed = geoopt.PoincareBall(c=torch.tensor(curvature, dtype=torch.float64))
+    # And it keeps it as a parameter. In a network's weights it would come along with model.init_from, and
     # the exponential map would be another ball's than the distances.
     for name, value in list(fixed.named_parameters()):
         delattr(fixed, name)
-        fixed.register_buffer(name, value.detach(), persistent=False)
+        fixed.register_buffer(name, value.detach().float(), persistent=False)
     return fixed
 
 
