@@ -139,6 +139,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(file, source, section, key, 
         "model.embedding_dim=true",
         "model.curvature=-0.1",
         "model.curvature=.inf",
+        "model.curvature=100",
         "model.clip_radius=0",
         "model.clip_radius=.nan",
         "model.head_init=whitened",
@@ -199,6 +200,8 @@ def test_all_mistakes_are_told_at_once(file):
         (["data.dataset=list"], "data.root is missing: give the file with the list"),
         (["data.augment_scale=[0.9, 0.2]"], "go from the least to the greatest"),
         (["data.augment_ratio=[2, 1]"], "go from the least to the greatest"),
+        (["model.curvature=4"], "model.clip_radius=2.3 reaches so far to the edge of the ball of model.curvature=4.0"),
+        (["model.clip_radius=12"], "take at most 9.8"),
         (["model.backbone=resnet50"], "model.weights=package holds tf_efficientnet_lite0 only"),
         (["hierarchy.cut_by=counts", "hierarchy.cuts=[10, 100]"], "must fall"),
         (["hierarchy.cut_by=counts", "hierarchy.cuts=[10, 10]"], "must fall"),
@@ -212,6 +215,11 @@ def test_all_mistakes_are_told_at_once(file):
 )
 def test_contradictions_are_refused(file, overrides, words):
     assert words in refusal(file(""), *overrides)
+
+
+@pytest.mark.parametrize("override", ["model.curvature=1", "model.curvature=0", "model.clip_radius=9"])
+def test_points_that_float32_can_tell_apart_are_allowed(file, override):
+    load_config(file(""), [override])
 
 
 def test_a_batch_must_divide_among_the_ranks(file, monkeypatch):

@@ -127,7 +127,7 @@ def test_tangent_norm_is_finite_at_the_edge(curvature):
     assert torch.isfinite(tangent_norm(edge, curvature)).all()
 
 
-@pytest.mark.parametrize("curvature", [0.01, 0.1, 1.0, 10.0])
+@pytest.mark.parametrize("curvature", [1e-6, 1e-4, 0.1, 1.0, 80.0])
 def test_the_ball_is_geoopts_of_that_curvature(curvature):
     assert isinstance(ball(curvature), geoopt.PoincareBall)
     assert float(ball(curvature).c) == pytest.approx(curvature, rel=1e-5)
@@ -139,3 +139,10 @@ def test_the_ball_is_geoopts_of_that_curvature(curvature):
 def test_the_flat_ball_has_the_identity_for_an_exponential_map():
     tangent = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     assert torch.equal(ball(0.0).expmap0(tangent), tangent)
+
+
+@pytest.mark.parametrize("curvature", [1e-4, 0.1, 1.0, 80.0])
+def test_the_greatest_length_that_the_config_allows_is_kept_in_float32(curvature):
+    length = 0.999 * math.atanh(0.996) / math.sqrt(curvature)
+    points = ball(curvature).expmap0(torch.tensor([[length, 0.0], [0.0, -length]]))
+    torch.testing.assert_close(tangent_norm(points, curvature), torch.full((2,), length), rtol=1e-4, atol=0)
