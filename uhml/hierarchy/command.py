@@ -1,42 +1,172 @@
-"""``uhml cluster``: cluster the rows of a file."""
+"""``uhml cluster``: cluster the rows of a file, and say how good the clusters are."""
 
 import argparse
+import logging
+import time
 from pathlib import Path
 
 import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
 
 from uhml.errors import UserError
-from uhml.hierarchy.geometry import GEOMETRIES
-from uhml.hierarchy.linkage import MODES, average_linkage
+from uhml.hierarchy import quality
+from uhml.hierarchy.dendrogram import Dendrogram
+from uhml.hierarchy.geometry import GEOMETRIES, Geometry
+from uhml.hierarchy.linkage import EXACT_SEARCH_UP_TO, MIN_RECALL, MODES, average_linkage
+
+logger = logging.getLogger(__name__)
+
+PLOTTED_CLUSTERS = 50
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``uhml cluster``."""
     parser.add_argument("embeddings", type=Path, metavar="EMBEDDINGS.npy", help="matrix of floats, one row a point")
     parser.add_argument("--out", type=Path, required=True, metavar="TREE.npz", help="where to write the tree")
-    parser.add_argument("--mode", choices=MODES, default="graph", help="which linkage (default: %(default)s)")
-    parser.add_argument("--geometry", choices=GEOMETRIES, default="poincare", help="(default: %(default)s)")
-    parser.add_argument("--curvature", type=float, default=0.1, help="c of the ball (default: %(default)s)")
+    parser.add_argument("--mode", choices=MODES, default="graph", help="what is averaged (default: %(default)s)")
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="poincare", help="default: %(default)s")
+    parser.add_argument("--curvature", type=float, default=0.1, help="c of the Poincaré ball (default: %(default)s)")
     parser.add_argument(
-        "--num-neighbors", type=int, default=20, help="k of the graph, for --mode graph (default: %(default)s)"
+        "--num-neighbors", type=int, default=20, metavar="K", help="of the graph, in mode graph (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--exact-search-up-to",
+        type=int,
+        default=EXACT_SEARCH_UP_TO,
+        metavar="N",
+        help="points up to which neighbours are found exactly, in mode graph (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--min-recall",
+        type=float,
+        default=MIN_RECALL,
+        metavar="SHARE",
+        help="share of the neighbours to find at least when there are more points (default: %(default)s)",
     )
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
+    parser.add_argument(
+        "--counts",
+        type=_counts,
+        default=[1000, 100, 10],
+        metavar="N,N,...",
+        help="numbers of clusters of the cuts to report (default: 1000,100,10)",
+    )
+    parser.add_argument("--labels", type=Path, metavar="LABELS.npy", help="true labels, to score the clusters against")
+    parser.add_argument("--levels", type=Path, metavar="LEVELS.npy", help="where to write the cuts: int32 [K, n]")
+    parser.add_argument("--plot", type=Path, metavar="TREE.png", help="where to draw the top of the tree")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Cluster the rows of ``args.embeddings`` and write the tree to ``args.out``."""
-    try:
-        embeddings = np.load(args.embeddings, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"There is no file {args.embeddings}.") from None
-    except (ValueError, EOFError):
-        raise UserError(f"{args.embeddings} is not a .npy file of numbers.") from None
+    """Cluster the rows of ``args.embeddings``, write what is asked for, and print a summary of the cuts.
+
+    Raises:
+        UserError: a file or an option is not usable.
+    """
+    # What can be wrong is looked at before the long work.
+    embeddings = _load(args.embeddings)
+    if embeddings.dtype.kind != "f":
+        raise UserError(f"{args.embeddings} holds {embeddings.dtype}; embeddings are floats.")
+    labels = _load(args.labels) if args.labels else None
+    if labels is not None and (labels.ndim != 1 or embeddings.ndim != 2 or len(labels) != len(embeddings)):
+        raise UserError(
+            f"--labels {args.labels} has shape {labels.shape}, and {args.embeddings} {embeddings.shape}: there must be "
+            "one label for each row."
+        )
+    for path in (args.out, args.levels, args.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UserError(f"There is no folder {path.absolute().parent} to write {path.name} to.")
+    device = _device(args.device)
+
+    start = time.monotonic()
+    rows = torch.from_numpy(embeddings)
     tree = average_linkage(
-        embeddings,
+        rows,
         mode=args.mode,
         geometry=args.geometry,
         curvature=args.curvature,
         num_neighbors=args.num_neighbors,
-        device=args.device,
+        exact_search_up_to=args.exact_search_up_to,
+        min_recall=args.min_recall,
+        device=device,
     )
+    logger.info("clustered %d points in %.1f s", tree.num_points, time.monotonic() - start)
     tree.save(args.out)
+    levels = tree.cut(counts=args.counts)
+    if args.levels:
+        with open(args.levels, "wb") as file:
+            np.save(file, levels.numpy())
+    if args.plot:
+        plot(tree, args.plot, f"{args.mode}, {args.geometry}, {tree.num_points} points")
+    geometry = Geometry(args.geometry, args.curvature)
+    Console().print(summary(levels, geometry.points(rows.to(device)), geometry, labels))
+
+
+def summary(levels: Tensor, points: Tensor, geometry: Geometry, labels: np.ndarray | None) -> Table:
+    """Return a table of what the cuts are like.
+
+    Args:
+        levels: ``[K, n]`` clusters.
+        points: ``[n, d]`` points.
+        geometry: the geometry they are points of.
+        labels: ``[n]`` true labels, if there are any.
+    """
+    table = Table(title=f"{levels.shape[1]:,} points")
+    scores = ("NMI", "AMI", "purity") if labels is not None else ()
+    for heading in ("clusters", "singletons", "median size", "largest", "silhouette", *scores):
+        table.add_column(heading, justify="right")
+    for clusters in levels:
+        size = quality.sizes(clusters)
+        row = [f"{size.num_clusters:,}", f"{size.num_singletons:,}", f"{size.median:g}", f"{size.largest:,}"]
+        row.append(f"{quality.silhouette(points, clusters, geometry):.3f}")
+        if labels is not None:
+            row += [f"{score:.3f}" for score in quality.agreement(clusters, labels)]
+        table.add_row(*row)
+    return table
+
+
+def plot(tree: Dendrogram, path: Path, title: str) -> None:
+    """Draw the top of the tree, down to PLOTTED_CLUSTERS clusters, each with its number of points."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    import matplotlib.pyplot as plt
+    from scipy.cluster.hierarchy import dendrogram
+
+    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
+    if tree.num_points > 1:
+        # scipy walks the whole tree recursively, so it is given the top alone, with clusters as its leaves.
+        top, sizes = tree.top(PLOTTED_CLUSTERS)
+        dendrogram(top, ax=axes, labels=[f"{size:,}" for size in sizes], leaf_rotation=90, leaf_font_size=8)
+    axes.set(title=title, ylabel="height of merge", xlabel="points in cluster")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        # Copy on write: read as it is needed, never written.
+        return np.load(path, mmap_mode="c", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"There is no file {path}.") from None
+    except (ValueError, EOFError):
+        raise UserError(f"{path} is not a .npy file of numbers.") from None
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device {name} is no device: say cpu or cuda.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda needs a GPU, and torch sees none here: use --device cpu.")
+    return device
+
+
+def _counts(text: str) -> list[int]:
+    counts = [int(word) for word in text.split(",")]
+    if min(counts) < 1:
+        raise ValueError
+    return counts

@@ -159,6 +159,27 @@ class Dendrogram:
         rank[np.argsort(first)] = np.arange(len(first), dtype=np.int32)
         return rank[cluster]
 
+    def top(self, num_leaves: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tree above a cut, with the cut's clusters as leaves.
+
+        Returns:
+            its linkage matrix ``[m - 1, 4]``, whose sizes count leaves, and the number of points in each leaf ``[m]``,
+            where m is ``num_leaves`` or, if that is less, n.
+        """
+        n, m = self.num_points, min(num_leaves, self.num_points)
+        made = n - m
+        merges = self._linkage[made:].copy()
+        children = merges[:, :2].astype(np.int64)
+        leaves = np.sort(children[children < n + made])
+        children = np.where(children < n + made, np.searchsorted(leaves, children), children - n - made + m)
+        merges[:, :2] = np.sort(children, axis=1)
+        sizes = np.concatenate([np.ones(n), self._linkage[:, 3]])
+        counts = np.ones(2 * m - 1)
+        for t, (left, right) in enumerate(children):
+            counts[m + t] = counts[left] + counts[right]
+        merges[:, 3] = counts[m:]
+        return merges, sizes[leaves].astype(np.int64)
+
     def save(self, path: str | Path) -> None:
         """Write the tree to ``path`` as an ``.npz`` file: complete, or not at all."""
         path = Path(path)

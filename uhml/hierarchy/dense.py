@@ -4,10 +4,10 @@ import scipy.cluster.hierarchy
 import torch
 from torch import Tensor
 
-from uhml.errors import UserError
 from uhml.hierarchy.dendrogram import Dendrogram
 from uhml.hierarchy.geometry import Geometry
 
+# 3.4 GiB of distances, twice.
 MAX_POINTS = 30_000
 
 
@@ -20,16 +20,8 @@ def dense_linkage(points: Tensor, geometry: Geometry) -> Dendrogram:
 
     Returns:
         The tree; heights are mean distances.
-
-    Raises:
-        UserError: more than MAX_POINTS points.
     """
     n = len(points)
-    if n > MAX_POINTS:
-        raise UserError(
-            f"mode=dense keeps all {n * (n - 1) // 2:,} distances of {n:,} points, {8 * n * n / 2**30:.0f} GiB; it "
-            f"stops at {MAX_POINTS:,} points. Use mode=exact or mode=graph, or fewer points."
-        )
     points = points.double().cpu()
     weights = geometry.weights(points)
     distances = torch.empty(n * (n - 1) // 2, dtype=torch.float64)
@@ -41,3 +33,8 @@ def dense_linkage(points: Tensor, geometry: Geometry) -> Dendrogram:
     if n == 1:
         return Dendrogram(distances.new_empty(0, 4).numpy())
     return Dendrogram(scipy.cluster.hierarchy.linkage(distances.numpy(), "average"))
+
+
+def dense_memory(num_points: int) -> int:
+    """Return the bytes that :func:`dense_linkage` takes: all distances, and scipy's copy of them."""
+    return 8 * num_points**2 + 2**28

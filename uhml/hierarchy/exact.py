@@ -1,6 +1,7 @@
 """Exact average linkage over all pairs, from cluster means alone: O(n d) memory, no n x n matrix."""
 
 import logging
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from uhml.hierarchy.dendrogram import Dendrogram, Merges
 from uhml.hierarchy.equal import first_equal, merge_equal, row_hashes
 from uhml.hierarchy.geometry import Geometry, polar
 from uhml.hierarchy.pairs import SHUFFLE, pair
+from uhml.hierarchy.rounds import reported
 from uhml.hierarchy.search import exact_search, rounding
 
 logger = logging.getLogger(__name__)
@@ -40,13 +42,16 @@ def exact_linkage(points: Tensor, geometry: Geometry) -> Dendrogram:
     first = first_equal(row_hashes(points))
     names = (first == torch.arange(len(first), device=first.device)).nonzero()[:, 0]
     clusters = _Clusters(geometry.lift(points[names]), first.bincount(minlength=len(first))[names], names)
-    merges = [merge_equal(first)]
-    while len(clusters.names) > 1:
-        merges.append(clusters.merge())
-    logger.info("exact linkage: %d rounds, %d searches among all", len(merges) - 1, clusters.num_searches)
+    merges = [merge_equal(first), *reported(clusters.rounds(), len(names), "exact linkage")]
+    logger.debug("exact linkage: %d searches among all clusters", clusters.num_searches)
     return Dendrogram.from_merges(
         [merge._replace(heights=geometry.mean_dissimilarity(merge.heights)) for merge in merges]
     )
+
+
+def exact_memory(num_points: int, num_dimensions: int) -> int:
+    """Return the bytes that :func:`exact_linkage` takes, beyond its argument."""
+    return num_points * (6 * 8 * (num_dimensions + 2) + 4 * 8 * NUM_NEAR + 100) + 2**29
 
 
 class _Clusters:
@@ -69,8 +74,13 @@ class _Clusters:
         self.num_searches = 0
         self._search_all(torch.arange(m, device=names.device))
 
-    def merge(self) -> Merges:
-        """Merge all pairs of clusters that are each other's nearest. Heights are gaps."""
+    def rounds(self) -> Iterator[Merges]:
+        """Merge until one is left. Heights are gaps."""
+        while len(self.names) > 1:
+            yield self._merge()
+
+    def _merge(self) -> Merges:
+        """Merge all pairs of clusters that are each other's nearest."""
         numbers = torch.arange(len(self.names), device=self.names.device)
         kept = ((self.nearest[self.nearest] == numbers) & (numbers < self.nearest)).nonzero()[:, 0]
         absorbed = self.nearest[kept]

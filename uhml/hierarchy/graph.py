@@ -1,7 +1,6 @@
 """Average linkage on a sparse graph of nearest neighbours, where an unseen pair counts as similarity 0."""
 
 import heapq
-import logging
 from collections.abc import Iterator
 
 import torch
@@ -10,8 +9,7 @@ from torch import Tensor
 from uhml.hierarchy.dendrogram import Dendrogram, Merges
 from uhml.hierarchy.equal import merge_equal
 from uhml.hierarchy.pairs import SHUFFLE, UNSHUFFLE, ends, pair
-
-logger = logging.getLogger(__name__)
+from uhml.hierarchy.rounds import reported
 
 NOTHING = torch.iinfo(torch.long).min
 
@@ -53,12 +51,12 @@ def graph_linkage(neighbors: Tensor, distances: Tensor, first_equal: Tensor | No
     unit = 2.0 ** (62 - max(1, int(num_pairs.sum())).bit_length())
     total = ((1 - distance / far) * unit).round().long() * num_pairs if far > 0 else torch.zeros_like(u)
     linked = total.nonzero()[:, 0]
-    for kept, absorbed, linkage, size in _rounds(u[linked], v[linked], total[linked], sizes):
-        merges.append(Merges(kept, absorbed, far * (1 - linkage / unit), size))
+    rounds = _rounds(u[linked], v[linked], total[linked], sizes)
+    for merge in reported(rounds, n, "graph linkage"):
+        merges.append(merge._replace(heights=far * (1 - merge.heights / unit)))
     rest = torch.ones(n, dtype=torch.bool, device=device)
     for merge in merges:
         rest[merge.absorbed] = False
-    logger.info("graph linkage: %d rounds, %d unconnected parts", len(merges), int(rest.sum()))
     merges.append(_join_rest(rest.nonzero()[:, 0], sizes, far))
     return Dendrogram.from_merges(merges)
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from uhml import distributed
 from uhml.errors import UserError, did_you_mean
 from uhml.hierarchy.dendrogram import Dendrogram
-from uhml.hierarchy.dense import dense_linkage
+from uhml.hierarchy.dense import MAX_POINTS, dense_linkage, dense_memory
 from uhml.hierarchy.equal import first_equal, row_hashes
-from uhml.hierarchy.exact import exact_linkage
+from uhml.hierarchy.exact import exact_linkage, exact_memory
 from uhml.hierarchy.geometry import Geometry
 from uhml.hierarchy.graph import graph_linkage, graph_memory
 from uhml.hierarchy.knn import nearer, nearest_neighbors, search_memory
@@ -60,7 +60,7 @@ def average_linkage(
     points = space.points(_precise(torch.as_tensor(embeddings, device=device), mode))
     _check_not_empty(len(points))
     if mode != "graph":
-        return (dense_linkage if mode == "dense" else exact_linkage)(points, space)
+        return _of_all_pairs(points, space, mode)
     n, device = len(points), points.device
     require(search_memory(n, n, points, num_neighbors) + graph_memory(n, num_neighbors), device, _graph(n), FEWER)
     first = first_equal(row_hashes(points))
@@ -116,7 +116,7 @@ def average_linkage_over_ranks(
     device = own_points.device
     if mode != "graph":
         points = distributed.all_gather_shares(own_points, num_points)
-        return distributed.on_main(lambda: (dense_linkage if mode == "dense" else exact_linkage)(points, space))
+        return distributed.on_main(lambda: _of_all_pairs(points, space, mode))
 
     size = num_points * own_points[:1].nbytes if len(own_points) else 0
     gathers = max(distributed.gather_objects(size)) <= gather_up_to
@@ -149,6 +149,21 @@ def average_linkage_over_ranks(
     neighbors = distributed.all_gather_shares(own_neighbors, num_points)
     distances = distributed.all_gather_shares(own_distances, num_points)
     return distributed.on_main(lambda: graph_linkage(neighbors, distances, first))
+
+
+def _of_all_pairs(points: Tensor, geometry: Geometry, mode: str) -> Dendrogram:
+    n, d = points.shape
+    work = f"mode={mode} on {n:,} points"
+    if mode == "exact":
+        require(exact_memory(n, d), points.device, work, "Use fewer points, or mode=graph with fewer neighbours.")
+        return exact_linkage(points, geometry)
+    if n > MAX_POINTS:
+        raise UserError(
+            f"{work} would keep all {n * (n - 1) // 2:,} distances; it stops at {MAX_POINTS:,} points. "
+            "Use mode=exact or mode=graph, or fewer points."
+        )
+    require(dense_memory(n), torch.device("cpu"), work, "Use mode=exact or mode=graph, or fewer points.")
+    return dense_linkage(points, geometry)
 
 
 def _of_first(

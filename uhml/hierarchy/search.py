@@ -19,6 +19,8 @@ Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 # Gaps held at a time: 64 MiB of float32.
 BLOCK_ELEMENTS = 2**24
 BASE_PER_BLOCK = 16384
+# For fewer queries its threads take longer to start than to work.
+FAISS_FROM = 512
 
 # More points for each cell to fit centres to, or more rounds of fitting, raise recall little.
 SAMPLE_PER_CELL = 64
@@ -30,28 +32,39 @@ NUM_MEASURED = 1024
 def exact_search(lifted: Tensor) -> Search:
     """Return the search that compares a query with every one of the ``[n, d + 2]`` lifted points.
 
-    On a CPU, in float32, faiss does it where it is installed: it fuses product and selection, and needs half the
-    time. The result is the same but for the rounding of gaps.
+    On a CPU, in float32, faiss does it for many queries where it is installed: it fuses product and selection, and
+    needs half the time. The result is the same but for the rounding of gaps.
     """
-    if lifted.device.type == "cpu" and lifted.dtype == torch.float32 and importlib.util.find_spec("faiss"):
-        return _faiss_search(lifted)
+    with_faiss = lifted.device.type == "cpu" and lifted.dtype == torch.float32 and importlib.util.find_spec("faiss")
 
     def search(polars: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        gaps = polars.new_empty(len(polars), 0)
-        positions = torch.empty(len(polars), 0, dtype=torch.long, device=polars.device)
-        for start in range(0, len(lifted), BASE_PER_BLOCK):
-            block = polars @ lifted[start : start + BASE_PER_BLOCK].T
-            block, found = block.topk(min(k, block.shape[1]), largest=False)
-            gaps, positions = torch.cat([gaps, block], 1), torch.cat([positions, found + start], 1)
-            gaps, keep = gaps.topk(min(k, gaps.shape[1]), largest=False)
-            positions = positions.gather(1, keep)
-        return gaps, positions
-
-    def in_blocks(polars: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        parts = [search(part, k) for part in polars.split(BLOCK_ELEMENTS // BASE_PER_BLOCK)]
+        if with_faiss and len(polars) >= FAISS_FROM:
+            return _search_with_faiss(lifted, polars, k)
+        parts = [_search_with_torch(lifted, part, k) for part in polars.split(BLOCK_ELEMENTS // BASE_PER_BLOCK)]
         return torch.cat([gaps for gaps, _ in parts]), torch.cat([positions for _, positions in parts])
 
-    return in_blocks
+    return search
+
+
+def _search_with_torch(lifted: Tensor, polars: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    gaps = polars.new_empty(len(polars), 0)
+    positions = torch.empty(len(polars), 0, dtype=torch.long, device=polars.device)
+    for start in range(0, len(lifted), BASE_PER_BLOCK):
+        block = polars @ lifted[start : start + BASE_PER_BLOCK].T
+        block, found = block.topk(min(k, block.shape[1]), largest=False)
+        gaps, positions = torch.cat([gaps, block], 1), torch.cat([positions, found + start], 1)
+        gaps, keep = gaps.topk(min(k, gaps.shape[1]), largest=False)
+        positions = positions.gather(1, keep)
+    return gaps, positions
+
+
+def _search_with_faiss(lifted: Tensor, polars: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    import faiss
+
+    # faiss has its own idea of the number of threads, which ranks on one machine would fight over.
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    products, positions = faiss.knn((-polars).numpy(), lifted.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+    return -torch.from_numpy(products), torch.from_numpy(positions)
 
 
 def rounding(polars: Tensor, lifted: Tensor) -> Tensor:
@@ -60,21 +73,6 @@ def rounding(polars: Tensor, lifted: Tensor) -> Tensor:
     size = polars[:, 0] * a.max() + polars[:, 1] * b.max() + torch.linalg.vector_norm(polars[:, 2:], dim=1) * p.max()
     # As many roundings as terms, and a few for the lift itself.
     return size * (torch.finfo(polars.dtype).eps * (polars.shape[1] + 4))
-
-
-def _faiss_search(lifted: Tensor) -> Search:
-    import faiss
-
-    index = faiss.IndexFlatIP(lifted.shape[1])
-    index.add(lifted.numpy())
-
-    def search(polars: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        # faiss has its own idea of the number of threads, which ranks on one machine would fight over.
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        products, positions = index.search((-polars).numpy(), k)
-        return -torch.from_numpy(products), torch.from_numpy(positions)
-
-    return search
 
 
 def approximate_search(points: Tensor, lifted: Tensor, k: int, min_recall: float, geometry: Geometry) -> Search:

@@ -1,0 +1,101 @@
+import argparse
+
+import numpy as np
+import pytest
+import scipy.cluster.hierarchy
+import torch
+from reference import mixture
+from sklearn.metrics import silhouette_score
+
+from uhml.errors import UserError
+from uhml.hierarchy import Dendrogram, average_linkage, command, quality
+from uhml.hierarchy.geometry import Geometry
+
+
+def cluster(*words):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    command.run(parser.parse_args([str(word) for word in words]))
+
+
+@pytest.fixture
+def files(tmp_path):
+    x, labels = mixture(0, 600, classes=8)
+    np.save(tmp_path / "x.npy", x.numpy())
+    np.save(tmp_path / "labels.npy", np.array([f"class {label}" for label in labels.tolist()]))
+    return tmp_path
+
+
+def test_everything_that_is_asked_for_is_written(files, capsys):
+    cluster(
+        *(files / "x.npy", "--out", files / "tree.npz", "--counts", "40,8", "--labels", files / "labels.npy"),
+        *("--plot", files / "tree.png", "--levels", files / "levels.npy", "--geometry", "euclidean"),
+    )
+    tree = Dendrogram.load(files / "tree.npz")
+    expected = average_linkage(np.load(files / "x.npy"), geometry="euclidean")
+    assert np.array_equal(tree.to_scipy(), expected.to_scipy())
+    assert np.array_equal(np.load(files / "levels.npy"), tree.cut(counts=[40, 8]).numpy())
+    assert (files / "tree.png").read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().out
+    assert "600 points" in said
+    assert "purity" in said
+    assert len([line for line in said.splitlines() if line.startswith("│")]) == 2
+
+
+def test_one_point(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((1, 2), np.float16))
+    cluster(tmp_path / "x.npy", "--out", tmp_path / "tree.npz", "--plot", tmp_path / "tree.png")
+    assert Dendrogram.load(tmp_path / "tree.npz").num_points == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["absent.npy", "--out", "tree.npz"], "no file"),
+        (["words.npy", "--out", "tree.npz"], "not a .npy file"),
+        (["labels.npy", "--out", "tree.npz"], "embeddings are floats"),
+        (["x.npy", "--out", "tree.npz", "--labels", "x.npy"], "one label for each row"),
+        (["x.npy", "--out", "absent/tree.npz"], "no folder"),
+        (["x.npy", "--out", "tree.npz", "--device", "tpu9"], "say cpu or cuda"),
+        (["x.npy", "--out", "tree.npz", "--num-neighbors", "0"], "num_neighbors=0"),
+    ],
+)
+def test_what_is_refused(files, words, message, monkeypatch):
+    monkeypatch.chdir(files)
+    (files / "words.npy").write_text("words")
+    with pytest.raises(UserError, match=message):
+        cluster(*words)
+    assert not (files / "tree.npz").exists()
+
+
+@pytest.mark.parametrize("counts", ["many", "10,0", ""])
+def test_counts_refused(files, counts):
+    with pytest.raises(SystemExit):
+        cluster(files / "x.npy", "--out", files / "tree.npz", "--counts", counts)
+
+
+def test_the_top_of_the_tree_is_a_tree():
+    tree = average_linkage(mixture(1, 300)[0])
+    top, sizes = tree.top(12)
+    assert scipy.cluster.hierarchy.is_valid_linkage(top)
+    assert sizes.sum() == 300
+    assert sorted(sizes) == sorted(tree.cut(counts=[12])[0].bincount().tolist())
+    assert np.array_equal(top[:, 2], tree.heights[-11:])
+    whole, ones = tree.top(1000)
+    assert np.array_equal(whole, tree.to_scipy())
+    assert (ones == 1).all()
+
+
+def test_quality():
+    x, labels = mixture(2, 400, classes=5, dtype=torch.float64)
+    clusters = average_linkage(x, geometry="euclidean").cut(counts=[5])[0]
+    assert quality.agreement(clusters, labels.numpy()) == pytest.approx((1, 1, 1))
+    assert quality.agreement(torch.zeros(400, dtype=torch.int32), labels.numpy()).purity < 0.5
+    assert quality.sizes(torch.tensor([0, 1, 1, 2, 2, 2])) == (3, 1, 2, 3)
+    space = Geometry("euclidean")
+    ours = quality.silhouette(x, clusters, space)
+    # The mean squared distance to a cluster is what cluster means give, so that is scikit-learn's metric here.
+    assert ours == pytest.approx(
+        silhouette_score(torch.cdist(x, x).square().fill_diagonal_(0), clusters, metric="precomputed")
+    )
+    assert quality.silhouette(x, torch.zeros(400, dtype=torch.int32), space) == 0

@@ -1,0 +1,98 @@
+import logging
+import re
+
+import pytest
+import torch
+from reference import CURVATURE, ball, brute_neighbors, distances, mixture
+
+from uhml.hierarchy import search
+from uhml.hierarchy.geometry import GEOMETRIES, Geometry
+from uhml.hierarchy.knn import nearer, nearest_neighbors
+
+
+def neighbors(x, k, geometry, **options):
+    space = Geometry(geometry, CURVATURE)
+    points = space.points(x)
+    ids = torch.arange(len(x))
+    return nearest_neighbors(points, ids, points, ids, k, space, **options)
+
+
+@pytest.fixture(params=["faiss", "torch"])
+def backend(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(search.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(search, "BASE_PER_BLOCK", 100)
+    else:
+        pytest.importorskip("faiss")
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_exact_neighbors(geometry, dtype):
+    x = ball(0, 700).to(dtype)
+    matrix = distances(Geometry(geometry, CURVATURE).points(x).double(), geometry)
+    ids, found = neighbors(x, 7, geometry)
+    true = brute_neighbors(matrix, 7)
+    assert ids.dtype == torch.int32
+    assert torch.equal(ids.long(), true)
+    torch.testing.assert_close(found, matrix.gather(1, true), atol=1e-6, rtol=0)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_exact_where_float32_products_are_noise(geometry):
+    # Tight groups far from the origin: gaps of 1e-12 and products of 1.
+    x = (torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]]).repeat(100, 1) + 1e-5 * ball(1, 300, d=3)).float()
+    points = Geometry(geometry, CURVATURE).points(x)
+    space = Geometry(geometry, CURVATURE)
+    w = space.weights(points)
+    gaps = space.gap(points[:, None], points[None], w[:, None], w[None])
+    ids, _ = neighbors(x, 5, geometry)
+    assert torch.equal(ids.long(), brute_neighbors(gaps, 5))
+
+
+def test_a_row_is_left_out_by_its_number():
+    x = torch.zeros(4, 2)
+    ids, found = neighbors(x, 3, "euclidean")
+    assert ids.tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
+    assert (found == 0).all()
+
+
+def test_parts_together_give_the_whole():
+    space = Geometry("poincare", CURVATURE)
+    x, ids = ball(2, 300), torch.arange(300)
+    whole = nearest_neighbors(x, ids, x, ids, 6, space)
+    parts = [nearest_neighbors(x, ids, x[part], part, 6, space) for part in (ids[:3], ids[3:200], ids[200:])]
+    together = nearer(nearer(parts[2], parts[0]), parts[1])
+    assert torch.equal(whole[0], together[0])
+    assert torch.equal(whole[1], together[1])
+
+
+def test_too_few_points_leave_the_query_itself_infinitely_far():
+    space = Geometry("euclidean")
+    x = torch.tensor([[0.0], [1.0], [3.0]])
+    ids, found = nearest_neighbors(x, torch.tensor([0, 1, 2]), x[:2], torch.tensor([0, 1]), 2, space)
+    assert ids.tolist() == [[1, 0], [0, 1], [1, 0]]
+    assert found.tolist() == [[1, torch.inf], [1, torch.inf], [2, 3]]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_approximate_neighbors_have_the_recall_they_say(geometry, caplog):
+    x = mixture(3, 5000, classes=200)[0]
+    truth, _ = neighbors(x, 10, geometry)
+    for least in (0.5, 0.9, 0.99):
+        with caplog.at_level(logging.INFO):
+            ids, found = neighbors(x, 10, geometry, min_recall=least)
+        recall = (ids[:, :, None] == truth[:, None]).any(2).double().mean()
+        probes, said = re.findall(r"into (\d+) of 141 cells finds ([\d.]+)", caplog.text)[-1]
+        assert recall > least - 0.01
+        assert abs(recall - float(said) / 100) < 0.03
+        assert int(probes) < 100
+        assert (found.diff(dim=1)[found[:, 1:].isfinite()] >= 0).all()
+
+
+def test_approximate_search_gives_the_same_again():
+    x = mixture(4, 3000, classes=100)[0]
+    a, b = (neighbors(x, 5, "poincare", min_recall=0.9) for _ in range(2))
+    assert torch.equal(a[0], b[0])

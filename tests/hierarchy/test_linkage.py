@@ -1,0 +1,278 @@
+"""Each mode against its oracle, and what holds for all."""
+
+import fastcluster
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import (
+    CURVATURE,
+    assert_same_tree,
+    assert_valid,
+    ball,
+    brute_neighbors,
+    capped,
+    dissimilarities,
+    distances,
+    mixture,
+    scipy_tree,
+)
+from scipy.sparse import coo_matrix
+from sknetwork.hierarchy import Paris
+
+from uhml.errors import UserError
+from uhml.hierarchy import average_linkage, exact, knn, linkage, memory
+from uhml.hierarchy.geometry import GEOMETRIES, Geometry
+from uhml.hierarchy.graph import graph_linkage
+
+MODES = linkage.MODES
+geometries = st.sampled_from(GEOMETRIES)
+seeds = st.integers(0, 10**6)
+
+
+def tree_of(x, mode, geometry, **options):
+    return average_linkage(x, mode=mode, geometry=geometry, curvature=CURVATURE, **options)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(2, 40), geometries, st.sampled_from(MODES))
+def test_all_pairs_are_scipys(seed, n, geometry, mode):
+    x = ball(seed, n)
+    matrix = dissimilarities(x, geometry) if mode == "exact" else distances(x, geometry)
+    tree = tree_of(x, mode, geometry, num_neighbors=n)
+    assert_valid(tree, n)
+    # The reference's own rounding, near arccosh(1), is the larger one.
+    exact_reference = geometry != "poincare" or mode == "exact"
+    assert_same_tree(tree.to_scipy(), scipy_tree(matrix), rtol=1e-12, atol=1e-12 if exact_reference else 1e-7)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(5, 40), st.integers(1, 6), geometries)
+def test_a_graph_is_scipys_with_unseen_pairs_at_the_greatest_distance(seed, n, k, geometry):
+    x = ball(seed, n)
+    matrix = distances(x, geometry)
+    full, far = capped(matrix, brute_neighbors(matrix, k))
+    ours, theirs = tree_of(x, "graph", geometry, num_neighbors=k).to_scipy(), scipy_tree(full)
+    np.testing.assert_allclose(ours[:, 2], theirs[:, 2], atol=1e-7)
+    linked = theirs[:, 2] < far - 1e-6
+    assert_same_tree(ours, theirs, atol=1e-7) if linked.all() else None
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, st.integers(20, 80), st.integers(3, 6))
+def test_a_graph_is_the_paris_of_scikit_network(seed, n, k):
+    x = ball(seed, n)
+    matrix = distances(x, "euclidean")
+    full, far = capped(matrix, brute_neighbors(matrix, k))
+    u, v = torch.triu(full < far, 1).nonzero(as_tuple=True)
+    sim = 1 - full[u, v] / far
+    ours = tree_of(x, "graph", "euclidean", num_neighbors=k).to_scipy()
+    graph = coo_matrix((torch.cat([sim, sim]), (torch.cat([u, v]), torch.cat([v, u]))), (n, n)).tocsr()
+    theirs = Paris(weights="uniform", reorder=True).fit_predict(graph)
+    # Its height is the product of sizes over the similarity between, in a unit of its own: 1 / linkage.
+    linked = ours[:, 2] < far * (1 - 1e-9)
+    similarity = 1 / theirs[: linked.sum(), 2]
+    mine = 1 - ours[linked, 2] / far
+    np.testing.assert_allclose(similarity / similarity[0], mine / mine[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_order_of_points_does_not_matter(mode, geometry):
+    x = ball(5, 200)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    a, b = (tree_of(points, mode, geometry, num_neighbors=8) for points in (x, x[order]))
+    np.testing.assert_allclose(a.to_scipy()[:, 2:], b.to_scipy()[:, 2:], atol=1e-12)
+    ours, theirs = a.cut(counts=[50, 9])[:, order], b.cut(counts=[50, 9])
+    assert torch.equal(ours[:, :, None] == ours[:, None], theirs[:, :, None] == theirs[:, None])
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_exact_at_some_size_in_float32(geometry):
+    x = mixture(0, 2000, classes=40)[0]
+    tree = tree_of(x, "exact", geometry)
+    matrix = dissimilarities(x.double(), geometry)
+    theirs = fastcluster.linkage(matrix[tuple(torch.triu_indices(2000, 2000, 1))].numpy(), "average")
+    np.testing.assert_allclose(tree.to_scipy()[:, 2:], theirs[:, 2:], atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_same_tree_for_any_number_of_threads(mode):
+    x = mixture(1, 1000)[0]
+    before = torch.get_num_threads()
+    try:
+        trees = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            trees.append(tree_of(x, mode, "poincare").to_scipy())
+    finally:
+        torch.set_num_threads(before)
+    assert all(np.array_equal(tree, trees[0]) for tree in trees)
+
+
+def test_same_tree_for_any_order_of_edges():
+    space = Geometry("euclidean")
+    x = mixture(2, 1000)[0]
+    ids = torch.arange(1000)
+    neighbors, distance = knn.nearest_neighbors(x, ids, x, ids, 10, space)
+    order = torch.rand(1000, 10).argsort(1)
+    shuffled = graph_linkage(neighbors.gather(1, order), distance.gather(1, order))
+    assert np.array_equal(graph_linkage(neighbors, distance).to_scipy(), shuffled.to_scipy())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_few_points(mode, n):
+    for geometry in GEOMETRIES:
+        tree = tree_of(ball(0, n), mode, geometry)
+        assert tree.num_points == n
+        assert_valid(tree, n)
+        assert tree.cut(quantiles=[0.5, 1]).shape == (2, n)
+
+
+def test_no_points():
+    with pytest.raises(UserError, match="no rows"):
+        average_linkage(torch.zeros(0, 3))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_equal_points(mode, geometry):
+    x = mixture(3, 30)[0].repeat(50, 1)
+    tree = tree_of(x, mode, geometry, num_neighbors=5)
+    assert_valid(tree, 1500)
+    levels = tree.cut(counts=[30])[0]
+    assert torch.equal(levels, torch.arange(30, dtype=torch.int32).repeat(50))
+    # Fifty of each are one of weight fifty: what merges above is the tree of the thirty.
+    single = tree_of(x[:30], mode, geometry, num_neighbors=5)
+    np.testing.assert_allclose(tree.heights[-29:], single.heights, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_points_equal(mode):
+    tree = average_linkage(torch.full((100, 3), 0.1), mode=mode)
+    assert_valid(tree, 100)
+    lowest = 1.0 if mode == "exact" else 0.0  # cosh(0)
+    assert (tree.heights == lowest).all()
+
+
+HARD = {
+    "noise": lambda g, n: torch.randn(n, 64, generator=g) / 16,
+    "collapsed": lambda g, n: 0.5 + 1e-6 * torch.randn(n, 8, generator=g),
+    "equal steps": lambda g, n: torch.arange(n)[:, None] / n,
+    "growing steps": lambda g, n: torch.linspace(0, 1, n, dtype=torch.float64)[:, None] ** 1.1,
+    "star": lambda g, n: torch.cat([torch.zeros(1, n // 10), torch.eye(n // 10).repeat(10, 1) * torch.rand(n, 1)])[:n],
+    "edge of the ball": lambda g, n: torch.nn.functional.normalize(torch.randn(n, 8, generator=g)) / CURVATURE**0.5,
+    "far apart": lambda g, n: torch.randn(n, 4, generator=g) / 1e5 + torch.arange(n)[:, None] % 7 / 10,
+    "grid": lambda g, n: torch.cartesian_prod(*[torch.arange(7.0) / 10] * 4)[:n],
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", HARD)
+def test_hard_cases(case, mode):
+    x = HARD[case](torch.Generator().manual_seed(0), 600)
+    tree = tree_of(x, mode, "poincare", num_neighbors=10)
+    assert_valid(tree, 600)
+    again = tree_of(x, mode, "poincare", num_neighbors=10)
+    assert np.array_equal(tree.to_scipy(), again.to_scipy())
+    if mode == "exact" and case != "grid":  # where ties decide, average linkages differ
+        theirs = scipy_tree(dissimilarities(Geometry("poincare", CURVATURE).points(x.double()), "poincare"))
+        if case not in ("equal steps", "star"):
+            np.testing.assert_allclose(tree.heights, theirs[:, 2], rtol=1e-5, atol=1e-9)
+
+
+def test_a_disconnected_graph_has_one_root():
+    parts = torch.arange(5.0).repeat_interleave(20)[:, None] * 10
+    x = torch.cat([parts + torch.rand(100, 1, generator=torch.Generator().manual_seed(0)), parts], 1)
+    tree = average_linkage(x, mode="graph", geometry="euclidean", num_neighbors=10)
+    assert_valid(tree, 100)
+    assert torch.equal(tree.cut(counts=[5])[0], torch.arange(5, dtype=torch.int32).repeat_interleave(20))
+    assert (tree.heights[-4:] == tree.heights[-1]).all()
+
+
+def test_more_neighbors_than_points():
+    x = mixture(4, 15)[0]
+    a, b = (average_linkage(x, num_neighbors=k).to_scipy() for k in (14, 500))
+    assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_numpy_and_half_precision(mode):
+    x = mixture(5, 100)[0]
+    a = average_linkage(x.half(), mode=mode).to_scipy()
+    assert np.array_equal(a, average_linkage(x.half().numpy(), mode=mode).to_scipy())
+    assert np.array_equal(a, average_linkage(x.half().float(), mode=mode).to_scipy())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_curvature_zero_is_twice_the_euclidean(mode):
+    x = mixture(6, 100, dtype=torch.float64)[0]
+    flat = average_linkage(x, mode=mode, geometry="poincare", curvature=0).to_scipy()
+    euclidean = average_linkage(x, mode=mode, geometry="euclidean").to_scipy()
+    assert np.array_equal(flat[:, [0, 1, 3]], euclidean[:, [0, 1, 3]])
+    np.testing.assert_allclose(flat[:, 2], euclidean[:, 2] * (4 if mode == "exact" else 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "grpah"}, "mode='grpah' is not one of .*Did you mean 'graph'"),
+        ({"geometry": "lorentz"}, "geometry='lorentz' is not one of"),
+        ({"curvature": float("nan")}, "curvature=nan"),
+        ({"num_neighbors": 0}, "num_neighbors=0"),
+        ({"min_recall": 90}, "min_recall=90"),
+    ],
+)
+def test_options_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        average_linkage(torch.zeros(3, 2), **options)
+
+
+def test_dense_stops_where_memory_would():
+    with pytest.raises(UserError, match=r"mode=dense on 30,001 points .* Use mode=exact or mode=graph"):
+        average_linkage(torch.zeros(30_001, 1), mode="dense")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_is_refused_before_it_is_taken(mode, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 2**20)
+    with pytest.raises(UserError, match=rf"mode={mode} on 1,000 points needs about [\d.]+ GiB .* 0.0 GiB are free"):
+        average_linkage(mixture(0, 1000)[0], mode=mode)
+
+
+def test_the_engine_finds_the_classes_of_a_mixture():
+    x, labels = mixture(7, 2000, d=32, classes=20, spread=0.4)
+    found = average_linkage(x, num_neighbors=10).cut(counts=[20])[0]
+    pairs = torch.stack([labels, found.long()]).unique(dim=1)
+    assert pairs.shape[1] == 20
+
+
+def test_exact_falls_back_to_float64_where_float32_cannot_tell(monkeypatch):
+    calls = []
+    search = exact.exact_search
+    monkeypatch.setattr(exact, "exact_search", lambda lifted: calls.append(lifted.dtype) or search(lifted))
+    x = 0.5 + 1e-7 * ball(0, 400)
+    tree = tree_of(x, "exact", "poincare")
+    assert torch.float64 in calls
+    assert_valid(tree, 400)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_the_same_tree_on_a_gpu(mode, geometry):
+    x = mixture(8, 5000, classes=50)[0]
+    cpu, gpu = (tree_of(x, mode, geometry, device=device) for device in ("cpu", "cuda"))
+    np.testing.assert_allclose(cpu.to_scipy()[:, 2], gpu.to_scipy()[:, 2], rtol=1e-9, atol=1e-12)
+    assert torch.equal(cpu.cut(counts=[500, 50, 5]), gpu.cut(counts=[500, 50, 5]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_approximate_search_on_a_gpu():
+    x = mixture(9, 20_000, classes=50)[0]
+    tree = average_linkage(x, device="cuda", exact_search_up_to=1000, num_neighbors=10)
+    assert_valid(tree, 20_000)
