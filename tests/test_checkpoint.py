@@ -75,6 +75,16 @@ def test_nor_does_an_interrupted_one(tmp_path, monkeypatch, error):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_new_file_takes_the_place_of_the_old_in_one_step(tmp_path):
+    path = save_checkpoint(tmp_path, 1, {"model": {"a": torch.ones(2)}})
+    old = path.read_bytes()
+    with path.open("rb") as reader:
+        save_checkpoint(tmp_path, 1, {"model": {"a": torch.zeros(2)}})
+        # Who reads the old one meanwhile reads all of it.
+        assert reader.read() == old
+    assert path.read_bytes() != old
+
+
 def test_the_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(checkpoint.os, "fsync", lambda fd: synced.append([p.name for p in tmp_path.iterdir()]))
