@@ -115,7 +115,7 @@ def summary(levels: Tensor, points: Tensor, geometry: Geometry, labels: np.ndarr
     """
     table = Table(title=f"{levels.shape[1]:,} points")
     scores = ("NMI", "AMI", "purity") if labels is not None else ()
-    for heading in ("clusters", "singletons", "median size", "largest", "silhouette", *scores):
+    for heading in ("clusters", "single", "median", "largest", "silhouette", *scores):
         table.add_column(heading, justify="right")
     for clusters in levels:
         size = quality.sizes(clusters)

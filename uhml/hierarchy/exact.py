@@ -11,7 +11,7 @@ from uhml.hierarchy.equal import first_equal, merge_equal, row_hashes
 from uhml.hierarchy.geometry import Geometry, polar
 from uhml.hierarchy.pairs import SHUFFLE, pair
 from uhml.hierarchy.rounds import reported
-from uhml.hierarchy.search import exact_search, rounding
+from uhml.hierarchy.search import exact_search, extremes, rounding
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 NUM_NEAR = 32
 # Few enough that the means of all their near clusters stay in the cache.
 ROWS_PER_BLOCK = 128
+# Finite, so that no product with it is NaN.
+FAR = 1e30
 
 
 def exact_linkage(points: Tensor, geometry: Geometry) -> Dendrogram:
@@ -55,7 +57,10 @@ def exact_memory(num_points: int, num_dimensions: int) -> int:
 
 
 class _Clusters:
-    """The m clusters that are left, the clusters near to each of them, and its nearest.
+    """The clusters that are left, the clusters near to each of them, and its nearest.
+
+    Arrays are over m slots: those of clusters, and of clusters that have been merged into another since the clusters
+    were last numbered.
 
     ``near[i]`` lists clusters, and ``radius[i]`` is at most the gap from i to any cluster that is not listed. So the
     nearest cluster on the list is the nearest of all if its gap is no more than the radius; else all are searched.
@@ -65,69 +70,90 @@ class _Clusters:
     """
 
     def __init__(self, means: Tensor, sizes: Tensor, names: Tensor) -> None:
-        m = len(names)
+        m, device = len(names), names.device
+        self.num_left, self.num_searches = m, 0
         self.means, self.sizes, self.names = means, sizes, names
-        self.near = torch.arange(m, device=names.device)[:, None].repeat(1, NUM_NEAR)
+        self.means32 = means.float()
+        self.left = torch.ones(m, dtype=torch.bool, device=device)
+        self.merged_into = torch.arange(m, device=device)
+        self.near = self.merged_into[:, None].repeat(1, NUM_NEAR)
         self.radius = means.new_full((m,), -torch.inf)
         self.nearest = torch.zeros_like(names)
         self.gaps = means.new_full((m,), torch.inf)
-        self.num_searches = 0
-        self._search_all(torch.arange(m, device=names.device))
+        # No mean of lifted points exceeds the greatest of them.
+        self.extremes = extremes(means)
+        self.changed = self.merged_into
+        self._search_all(self.changed)
 
     def rounds(self) -> Iterator[Merges]:
         """Merge until one is left. Heights are gaps."""
-        while len(self.names) > 1:
+        while self.num_left > 1:
             yield self._merge()
+            if self.num_left < len(self.names) // 2:
+                self._number()
 
     def _merge(self) -> Merges:
         """Merge all pairs of clusters that are each other's nearest."""
-        numbers = torch.arange(len(self.names), device=self.names.device)
-        kept = ((self.nearest[self.nearest] == numbers) & (numbers < self.nearest)).nonzero()[:, 0]
+        # One of the two has changed, or they would have merged before.
+        mutual = self.changed[self.nearest[self.nearest[self.changed]] == self.changed]
+        kept = torch.minimum(mutual, self.nearest[mutual]).unique()
         absorbed = self.nearest[kept]
+        gaps = self.gaps[kept]
         if len(kept) == 0:
             # Equal gaps, of which lists hold some, can send a to b, b to c and c to a. Then the nearest pair merges.
             best = self.gaps.argmin()[None]
             kept, absorbed = torch.minimum(best, self.nearest[best]), torch.maximum(best, self.nearest[best])
-            self.gaps[kept] = self.gaps[best]
+            gaps = self.gaps[best]
         weight = self.sizes[absorbed] / (self.sizes[kept] + self.sizes[absorbed]).double()
         self.means[kept] += weight[:, None] * (self.means[absorbed] - self.means[kept])
+        self.means32[kept] = self.means[kept].float()
         self.sizes[kept] += self.sizes[absorbed]
-        merges = Merges(self.names[kept], self.names[absorbed], self.gaps[kept], self.sizes[kept])
 
-        merged = torch.zeros_like(numbers, dtype=torch.bool)
+        self.num_left -= len(kept)
+        self.left[absorbed] = False
+        self.gaps[absorbed] = torch.inf
+        # As a lifted point, farther from any other than any other.
+        self.means32[absorbed] = 0
+        self.means32[absorbed, 1] = FAR
+        self.merged_into[absorbed] = kept
+        self.merged_into = self.merged_into[self.merged_into]
+
+        merged = torch.zeros_like(self.left)
         merged[kept] = merged[absorbed] = True
-        lost = merged[self.nearest] & ~merged
-        near_merged = torch.cat([self.near[kept], self.near[absorbed]], 1)
-        radius_merged = (1 - weight) * self.radius[kept] + weight * self.radius[absorbed]
-        left = torch.ones_like(merged)
-        left[absorbed] = False
-        number = left.cumsum(0) - 1
-        number[absorbed] = number[kept]
-        for name in ("means", "sizes", "names", "radius", "gaps"):
-            setattr(self, name, getattr(self, name)[left])
-        self.near, self.nearest = number[self.near[left]], number[self.nearest[left]]
+        lost = (merged[self.nearest] & self.left & ~merged).nonzero()[:, 0]
+        radius = (1 - weight) * self.radius[kept] + weight * self.radius[absorbed]
+        self._choose(kept, self.merged_into[torch.cat([self.near[kept], self.near[absorbed]], 1)], radius)
+        self._choose(lost, self.merged_into[self.near[lost]], self.radius[lost])
+        self.changed = torch.cat([kept, lost])
+        self._search_all(self.changed[self.gaps[self.changed] > self.radius[self.changed]])
+        return Merges(self.names[kept], self.names[absorbed], gaps, self.sizes[kept])
 
-        merged, lost = number[kept], number[lost]
-        self._choose(merged, number[near_merged], radius_merged)
-        self._choose(lost, self.near[lost], self.radius[lost])
-        changed = torch.cat([merged, lost])
-        self._search_all(changed[self.gaps[changed] > self.radius[changed]])
-        return merges
+    def _number(self) -> None:
+        """Give slots to the clusters that are left only."""
+        number = self.left.cumsum(0) - 1
+        self.near = number[self.merged_into[self.near[self.left]]]
+        self.nearest = number[self.nearest[self.left]]
+        self.changed = number[self.changed]
+        for name in ("means", "means32", "sizes", "names", "radius", "gaps"):
+            setattr(self, name, getattr(self, name)[self.left])
+        self.left = self.left[self.left]
+        self.merged_into = torch.arange(self.num_left, device=self.names.device)
 
     def _search_all(self, rows: Tensor) -> None:
         """List the nearest of all clusters: proposed in float32, and where its rounding leaves doubt in float64."""
-        num_listed = min(NUM_NEAR + 1, len(self.names))
-        for precision in (torch.float32, torch.float64):
-            if len(rows) == 0 or len(self.names) == 1:
+        num_listed = min(NUM_NEAR + 1, self.num_left)
+        for in_float32 in (True, False):
+            if len(rows) == 0 or self.num_left == 1:
                 return
             self.num_searches += len(rows)
-            lifted = self.means.to(precision)
-            polars = polar(lifted[rows])
+            slots = self.merged_into if in_float32 else self.left.nonzero()[:, 0]
+            lifted = self.means32 if in_float32 else self.means[slots]
+            polars = polar((self.means32 if in_float32 else self.means)[rows])
             products, listed = exact_search(lifted)(polars, num_listed)
-            radius = products[:, -1].double() - rounding(polars, lifted)
-            if num_listed == len(self.names):
+            radius = products[:, -1].double() - rounding(polars, self.extremes)
+            if num_listed == self.num_left:
                 radius.fill_(torch.inf)
-            self._choose(rows, listed, radius)
+            self._choose(rows, slots[listed], radius)
             rows = rows[self.gaps[rows] > self.radius[rows]]
 
     def _choose(self, rows: Tensor, listed: Tensor, radius: Tensor) -> None:

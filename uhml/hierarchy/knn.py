@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from uhml.hierarchy.geometry import Geometry, polar
-from uhml.hierarchy.search import Search, approximate_search, exact_search, rounding
+from uhml.hierarchy.search import Search, approximate_search, exact_search, extremes, rounding
 from uhml.progress import progress
 
 # Candidates beyond the asked-for k that the search hands over to be put in order.
@@ -75,13 +75,14 @@ class _Base:
         self._weights = geometry.weights(points)
         # Gaps in flat geometries do not change when everything is moved: near the origin they cancel least.
         self._origin = points.mean(0, dtype=torch.float64).to(points.dtype) if geometry.c == 0 else 0
-        self._lifted = lifted = geometry.lift(points - self._origin)
+        lifted = geometry.lift(points - self._origin)
         self._is_exact = min_recall == 1
         self._search = (
             exact_search(lifted)
             if self._is_exact
             else approximate_search(points - self._origin, lifted, num_neighbors, min_recall, geometry)
         )
+        self._extremes = extremes(lifted)
         self._search64: Search | None = None
 
     def neighbors(self, queries: Tensor, query_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +94,7 @@ class _Base:
         ids, gaps = self._ordered(queries, query_ids, weights, positions)
         if self._is_exact and queries.dtype != torch.float64 and num_candidates < len(self._points):
             # What was not proposed has a product of at least the last proposed one, and a gap less by rounding at most.
-            doubtful = (gaps[:, -1] > screened[:, -1] - rounding(polars, self._lifted)).nonzero()[:, 0]
+            doubtful = (gaps[:, -1] > screened[:, -1] - rounding(polars, self._extremes)).nonzero()[:, 0]
             if len(doubtful) > 0:
                 if self._search64 is None:
                     self._search64 = exact_search(self._geometry.lift(self._points.double() - self._origin))

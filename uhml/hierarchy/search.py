@@ -67,10 +67,16 @@ def _search_with_faiss(lifted: Tensor, polars: Tensor, k: int) -> tuple[Tensor, 
     return -torch.from_numpy(products), torch.from_numpy(positions)
 
 
-def rounding(polars: Tensor, lifted: Tensor) -> Tensor:
-    """Return a bound, ``[b]`` float64, on how far products with any of the lifted points are off the true gaps."""
-    a, b, p = lifted[:, 0].double(), lifted[:, 1].double(), torch.linalg.vector_norm(lifted[:, 2:], dim=1)
-    size = polars[:, 0] * a.max() + polars[:, 1] * b.max() + torch.linalg.vector_norm(polars[:, 2:], dim=1) * p.max()
+def extremes(lifted: Tensor) -> Tensor:
+    """Return the greatest ``w``, ``w|x|^2`` and ``|w x|`` of lifted points, ``[3]`` float64, for :func:`rounding`."""
+    rows = lifted.double()
+    return torch.stack([rows[:, 0].max(), rows[:, 1].max(), torch.linalg.vector_norm(rows[:, 2:], dim=1).max()])
+
+
+def rounding(polars: Tensor, extremes: Tensor) -> Tensor:
+    """Return a bound, ``[b]`` float64, on how far off the gaps products with points of these extremes are."""
+    w, w_square, w_x = extremes
+    size = polars[:, 0] * w + polars[:, 1] * w_square + torch.linalg.vector_norm(polars[:, 2:], dim=1) * w_x
     # As many roundings as terms, and a few for the lift itself.
     return size * (torch.finfo(polars.dtype).eps * (polars.shape[1] + 4))
 
