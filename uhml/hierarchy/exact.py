@@ -11,7 +11,7 @@ from uhml.hierarchy.equal import first_equal, merge_equal, row_hashes
 from uhml.hierarchy.geometry import Geometry, polar
 from uhml.hierarchy.pairs import SHUFFLE, pair
 from uhml.hierarchy.rounds import reported
-from uhml.hierarchy.search import exact_search, extremes, rounding
+from uhml.hierarchy.search import exact_search, extremes, rounding, true_float32
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,7 @@ ROWS_PER_BLOCK = 128
 FAR = 1e30
 
 
+@true_float32()
 def exact_linkage(points: Tensor, geometry: Geometry) -> Dendrogram:
     """Cluster points by the mean, over all pairs of two clusters, of a dissimilarity that cluster means can give.
 

@@ -41,17 +41,11 @@ def graph_linkage(neighbors: Tensor, distances: Tensor, first_equal: Tensor | No
     if first_equal is not None:
         merges.append(merge_equal(first_equal))
         sizes = first_equal.bincount(minlength=n)
-        own = torch.full_like(neighbors, 0) + names[:, None]
+        own = names.to(neighbors.dtype)[:, None]
         neighbors = torch.where((first_equal == names)[:, None], neighbors, own)
-    pairs, distance = _edges(neighbors, distances)
-    u, v = ends(pairs)
-    far = float(distance.max()) if len(distance) else 0.0
-    # Every edge stands for the pairs of the points that equal its ends.
-    num_pairs = sizes[u] * sizes[v]
-    unit = 2.0 ** (62 - max(1, int(num_pairs.sum())).bit_length())
-    total = ((1 - distance / far) * unit).round().long() * num_pairs if far > 0 else torch.zeros_like(u)
-    linked = total.nonzero()[:, 0]
-    rounds = _rounds(u[linked], v[linked], total[linked], sizes)
+    u, v, total, unit, far = _similarities(neighbors, distances, sizes)
+    rounds = _rounds(u, v, total, sizes)
+    del u, v, total  # the rounds shrink them
     for merge in reported(rounds, n, "graph linkage"):
         merges.append(merge._replace(heights=far * (1 - merge.heights / unit)))
     rest = torch.ones(n, dtype=torch.bool, device=device)
@@ -66,16 +60,24 @@ def graph_memory(num_points: int, num_neighbors: int) -> int:
     return num_points * (num_neighbors * 80 + 250)
 
 
-def _edges(neighbors: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each seen pair once, in order, and its distance."""
+def _similarities(neighbors: Tensor, distances: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, float, float]:
+    """Return the ends ``u < v`` of each seen pair, its similarity as an integer, the unit of that, and D."""
     n, k = neighbors.shape
     i = torch.arange(n, device=neighbors.device).repeat_interleave(k)
-    j = neighbors.flatten().long()
-    pairs, order = pair(i, j).sort()
+    pairs, order = pair(i, neighbors.flatten().long()).sort()
+    del i
     first = pairs != (pairs >> 32) * (2**32 + 1)  # not with itself
     first[1:] &= pairs[1:] != pairs[:-1]
     at = first.nonzero()[:, 0]
-    return pairs[at], distances.flatten()[order[at]]
+    u, v = ends(pairs[at])
+    distance = distances.flatten()[order[at]]
+    far = float(distance.max()) if len(distance) else 0.0
+    # Every edge stands for the pairs of the points that equal its ends.
+    num_pairs = sizes[u] * sizes[v]
+    unit = 2.0 ** (62 - max(1, int(num_pairs.sum())).bit_length())
+    total = ((1 - distance / far) * unit).round().long() * num_pairs if far > 0 else torch.zeros_like(u)
+    linked = total.nonzero()[:, 0]
+    return u[linked], v[linked], total[linked], unit, far
 
 
 def _rounds(u: Tensor, v: Tensor, total: Tensor, sizes: Tensor) -> Iterator[Merges]:

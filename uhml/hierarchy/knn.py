@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from uhml.hierarchy.geometry import Geometry, polar
-from uhml.hierarchy.search import Search, approximate_search, exact_search, extremes, rounding
+from uhml.hierarchy.search import Search, approximate_search, exact_search, extremes, rounding, true_float32
 from uhml.progress import progress
 
 # Candidates beyond the asked-for k that the search hands over to be put in order.
@@ -14,6 +14,7 @@ QUERIES_PER_BLOCK = 16384
 QUERIES_PER_ORDERING = 256
 
 
+@true_float32()
 def nearest_neighbors(
     queries: Tensor,
     query_ids: Tensor,

@@ -1,9 +1,10 @@
 """Search for the smallest gaps, by matrix products in the points' own precision: exact and approximate."""
 
+import contextlib
 import importlib.util
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -27,6 +28,20 @@ SAMPLE_PER_CELL = 64
 NUM_FITTING_ROUNDS = 6
 # Points whose true neighbours are found, to measure recall.
 NUM_MEASURED = 1024
+
+
+@contextlib.contextmanager
+def true_float32() -> Iterator[None]:
+    """Within it, float32 products are float32 products, whatever a program has allowed for the sake of training.
+
+    TF32 or bfloat16 inside a product would break the bound on its rounding.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def exact_search(lifted: Tensor) -> Search:
