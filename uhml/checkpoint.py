@@ -41,7 +41,7 @@ def load_weights(model: nn.Module, source: str) -> None:
     Raises:
         UserError: no checkpoint there, or not of this network.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_dir():
         found = sorted((path / "checkpoints").glob("step-*.pt"))
         if not found:

@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except UserError as e:
             logger.error("error: %s", e)
             return 2
+        except OSError as e:  # a full disk, a file taken away: the message names the file, the run's log the place
+            logger.error("error: %s", e)
+            return 2
         except KeyboardInterrupt:
             logger.error("interrupted")
             return 130

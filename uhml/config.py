@@ -326,7 +326,7 @@ def _explain(error: pydantic.ValidationError, source: str) -> str:
         if finding["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             section, _, word = key.rpartition(".")
             if section:
-                hint = did_you_mean(word, [f.name for f in dataclasses.fields(_sections()[section])])
+                hint = did_you_mean(key, [f"{section}.{f.name}" for f in dataclasses.fields(_sections()[section])])
             else:
                 hint = did_you_mean(word, _sections()) or _section_of(word)
             sentences.append(f"Unknown key: {key!r}.{hint}")

@@ -30,8 +30,10 @@ def to_terminal() -> Iterator[None]:
         # timm 1.0 calls it at import; nothing a user of uhml could do about it.
         warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
         logging.captureWarnings(True)
-        yield
-        logging.captureWarnings(False)
+        try:
+            yield
+        finally:
+            logging.captureWarnings(False)
 
 
 @contextlib.contextmanager

@@ -9,10 +9,10 @@ from uhml.errors import UserError
 class ClusterBatches:
     """The batch of every step, as a pure function of seed, step and levels.
 
-    Clusters are drawn in proportion to their size, so that all pictures have about the same chance, and at least two
-    pictures are wanted of each. A cluster with fewer than M pictures is filled up from its nearest relatives in the
-    tree: first from the cluster that holds it on the next level, then the next, at last from all pictures. No
-    picture is in a batch twice.
+    Clusters are drawn in proportion to their size, so that their pictures all have about the same chance; a cluster of
+    one is drawn only where there are fewer than P larger ones. A cluster with fewer than M pictures is filled up from
+    its nearest relatives in the tree: first from the cluster that holds it on the next level, then the next, at last
+    from all pictures. No picture is in a batch twice.
 
     Args:
         levels: ``[K, n]``, int32, nested clusters, finest level first.

@@ -164,6 +164,6 @@ def _ranks() -> str:
 
 def _write_json(path: Path, value: Any) -> None:
     """Write aside first, so that no half-written result is ever found."""
-    aside = path.with_suffix(".partial")
+    aside = path.with_name(f"{path.name}.partial")
     aside.write_text(json.dumps(value, indent=2) + "\n")
     aside.replace(path)

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 from uhml import distributed, logs
@@ -10,6 +11,9 @@ from uhml.config import Config, dump_config
 from uhml.errors import UserError
 
 CONTENTS = ("config.yaml", "metrics.jsonl", "result.json", "checkpoints", "hierarchy.npz", "tensorboard", "logs")
+
+# Files that a killed run was about to rename.
+UNFINISHED = ("result.json.partial", "hierarchy.npz*.part")
 
 
 @contextlib.contextmanager
@@ -27,7 +31,9 @@ def open_run_dir(run_dir: Path, config: Config, overwrite: bool) -> Iterator[Non
 
     def make() -> None:
         present = sorted(p.name for p in run_dir.iterdir()) if run_dir.is_dir() else []
-        strange = [name for name in present if name not in CONTENTS]
+        strange = [
+            name for name in present if name not in CONTENTS and not any(fnmatch(name, part) for part in UNFINISHED)
+        ]
         if strange:
             raise UserError(f"{run_dir} holds {strange[0]!r}, which no run leaves: name another folder by --run-dir.")
         if present and not overwrite and not _ended_before_it_began(run_dir):

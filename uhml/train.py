@@ -122,12 +122,15 @@ def discover_hierarchy(
         curvature=config.model.curvature,
         num_neighbors=options.num_neighbors,
     )
-    cut = None
-    if tree is not None:  # on rank 0, which merged
+
+    def cut() -> Tensor:
+        assert tree is not None, "rank 0 has the tree"
         tree.save(run_dir / "hierarchy.npz")
-        cut = tree.cut(**{options.cut_by: options.cuts})  # type: ignore[arg-type]
-        report.hierarchy(step, cut.numpy(), pictures)
-    return distributed.broadcast_from_main(cut, model.device)
+        levels = tree.cut(**{options.cut_by: options.cuts})  # type: ignore[arg-type]
+        report.hierarchy(step, levels.numpy(), pictures)
+        return levels
+
+    return distributed.broadcast_from_main(distributed.on_main(cut), model.device)
 
 
 def cluster_batches(model: Embedder, pictures: Pictures, levels: Tensor, config: Config, step: int) -> Any:

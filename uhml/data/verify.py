@@ -20,7 +20,7 @@ def load_pictures(config: DataConfig) -> Splits:
         UserError: the data set is not as it should be.
         UnreadablePicture: a picture cannot be read, and ``data.skip_corrupt`` is not set.
     """
-    splits = load_splits(config.dataset, Path(config.root) if config.root else None, config.num_classes)
+    splits = load_splits(config.dataset, Path(config.root).expanduser() if config.root else None, config.num_classes)
     parts = {"train": splits.train, "test": splits.test, "gallery": splits.gallery}
     readable = {name: _readable(part, name, config) for name, part in parts.items() if part is not None}
     for name, part in readable.items():

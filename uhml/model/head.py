@@ -1,12 +1,15 @@
 """The hyperbolic head: linear layer, feature clip, exponential map into the Poincaré ball."""
 
 import dataclasses
+import logging
 
 import torch
 from torch import Tensor, nn
 
 from uhml import distributed, poincare
 from uhml.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,5 +115,14 @@ def _whitening(moments: FeatureMoments, num_axes: int) -> Tensor:
     variances, axes = variances.flip(0)[:num_axes], axes.flip(1)[:, :num_axes]
     # eigh leaves each axis' sign open; fix it, so that every machine starts from the same head.
     signs = axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
-    floor = variances[0] * 1e-6
-    return (axes * signs / variances.clamp_min(floor).pow(0.25)).T * variances[0].pow(0.25)
+    # Fewer pictures than axes leave axes along which none differ from another; dividing by their rounding errors
+    # would turn them into the loudest of all. They start at zero and may be learned.
+    weights = torch.where(variances > 1e-6 * variances[0], (variances / variances[0]).pow(-0.25), 0.0)
+    if not weights.all():
+        logger.warning(
+            "The %d training pictures differ along %d axes only, not model.embedding_dim=%d; the others start at 0.",
+            moments.num_pictures,
+            int(weights.count_nonzero()),
+            num_axes,
+        )
+    return (axes * signs * weights).T
