@@ -29,6 +29,8 @@ GEOMETRIES = ("poincare", "cosine", "euclidean")
 EDGE = 1e-5
 # Further outside than rounding can carry a point, it is no point of the ball.
 OUTSIDE = 1e-3
+# Rows that are float64 at a time.
+ROWS_PER_BLOCK = 65536
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Geometry:
 
     def weights(self, points: Tensor) -> Tensor:
         """Return ``w(x) = 1 / (1 - c|x|^2)`` of each point, ``[n]`` float64."""
-        return 1 / (1 - self.c * points.double().square().sum(1))
+        return torch.cat([1 / (1 - self.c * block.double().square().sum(1)) for block in points.split(ROWS_PER_BLOCK)])
 
     def gap(self, x: Tensor, y: Tensor, weights_x: Tensor, weights_y: Tensor) -> Tensor:
         """Return the gap of points, elementwise over the leading dimensions, in float64.
@@ -143,10 +145,14 @@ class Geometry:
         return (x.double() - y.double()).square().sum(-1) * (weights_x * weights_y)
 
     def lift(self, points: Tensor) -> Tensor:
-        """Return ``[n, d + 2]`` lifted points ``(w, w|x|^2, w x)``, of the points' type."""
-        rows = points.double()
-        weights = self.weights(points)[:, None]
-        return torch.cat([weights, weights * rows.square().sum(1, keepdim=True), weights * rows], 1).to(points.dtype)
+        """Return ``[n, d + 2]`` lifted points ``(w, w|x|^2, w x)``, computed in float64, of the points' type."""
+        lifted = points.new_empty(len(points), points.shape[1] + 2)
+        for block, out in zip(points.split(ROWS_PER_BLOCK), lifted.split(ROWS_PER_BLOCK), strict=True):
+            rows, weights = block.double(), self.weights(block)
+            out[:, 0] = weights
+            out[:, 1] = weights * rows.square().sum(1)
+            out[:, 2:] = weights[:, None] * rows
+        return lifted
 
 
 def polar(lifted: Tensor) -> Tensor:

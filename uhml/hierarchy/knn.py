@@ -75,14 +75,13 @@ class _Base:
         self._ids, self._points, self._num_neighbors, self._geometry = ids, points, num_neighbors, geometry
         self._weights = geometry.weights(points)
         # Gaps in flat geometries do not change when everything is moved: near the origin they cancel least.
-        self._origin = points.mean(0, dtype=torch.float64).to(points.dtype) if geometry.c == 0 else 0
+        self._origin = points.mean(0, dtype=torch.float64).to(points.dtype) if geometry.c == 0 else points.new_zeros(1)
         lifted = geometry.lift(points - self._origin)
         self._is_exact = min_recall == 1
-        self._search = (
-            exact_search(lifted)
-            if self._is_exact
-            else approximate_search(points - self._origin, lifted, num_neighbors, min_recall, geometry)
-        )
+        if self._is_exact:
+            self._search = exact_search(lifted)
+        else:
+            self._search = approximate_search(lifted, num_neighbors, min_recall, geometry)
         self._extremes = extremes(lifted)
         self._search64: Search | None = None
 

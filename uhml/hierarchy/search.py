@@ -84,8 +84,8 @@ def _search_with_faiss(lifted: Tensor, polars: Tensor, k: int) -> tuple[Tensor, 
 
 def extremes(lifted: Tensor) -> Tensor:
     """Return the greatest ``w``, ``w|x|^2`` and ``|w x|`` of lifted points, ``[3]`` float64, for :func:`rounding`."""
-    rows = lifted.double()
-    return torch.stack([rows[:, 0].max(), rows[:, 1].max(), torch.linalg.vector_norm(rows[:, 2:], dim=1).max()])
+    norms = torch.linalg.vector_norm(lifted[:, 2:], dim=1)
+    return torch.stack([lifted[:, 0].max(), lifted[:, 1].max(), norms.max()]).double()
 
 
 def rounding(polars: Tensor, extremes: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def rounding(polars: Tensor, extremes: Tensor) -> Tensor:
     return size * (torch.finfo(polars.dtype).eps * (polars.shape[1] + 4))
 
 
-def approximate_search(points: Tensor, lifted: Tensor, k: int, min_recall: float, geometry: Geometry) -> Search:
+def approximate_search(lifted: Tensor, k: int, min_recall: float, geometry: Geometry) -> Search:
     """Return a search that looks only into the cells nearest to a query: an inverted file.
 
     Points are parted into cells by their nearest centre (k-means in the given geometry). Queries are compared cell by
@@ -106,13 +106,12 @@ def approximate_search(points: Tensor, lifted: Tensor, k: int, min_recall: float
     logged.
 
     Args:
-        points: ``[n, d]`` points.
-        lifted: ``[n, d + 2]``, their lift.
+        lifted: ``[n, d + 2]`` lifted points.
         k: the number of neighbours for which recall is measured.
         min_recall: the share of true neighbours to find at least, up to 1.
         geometry: the geometry they are points of.
     """
-    n, device = len(points), points.device
+    n, device = len(lifted), lifted.device
     num_cells = round(2 * math.sqrt(n))
     # Drawn on the CPU: the same for every device and rank.
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(device)
