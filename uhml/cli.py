@@ -11,7 +11,6 @@ import uhml
 from uhml import logs
 from uhml.config import describe_keys, load_config
 from uhml.errors import UserError
-from uhml.hierarchy import command as cluster
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +27,8 @@ keys of CONFIG, each also as section.key=value on the command line (values are t
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0, or 2 after an error of the user's."""
-    parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(arguments)
     # argparse gives up at overrides that follow an option; they are as good there as before it.
     args, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser; of the commands that import torch to know their options, only the one that is asked for."""
     parser = argparse.ArgumentParser(prog="uhml", description=uhml.__doc__)
     parser.add_argument("--version", action="version", version=f"uhml {uhml.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -67,8 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--overwrite", action="store_true", help="replace the run that is in --run-dir")
     train.set_defaults(run=_train)
     clustering = commands.add_parser("cluster", help="cluster a file of embeddings by average linkage")
-    cluster.add_arguments(clustering)
-    clustering.set_defaults(run=cluster.run)
+    if "cluster" in arguments[:1]:
+        from uhml.hierarchy import command
+
+        command.add_arguments(clustering)
+        clustering.set_defaults(run=command.run)
     return parser
 
 

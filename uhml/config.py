@@ -328,7 +328,11 @@ def _explain(error: pydantic.ValidationError, source: str) -> str:
             if section:
                 hint = did_you_mean(key, [f"{section}.{f.name}" for f in dataclasses.fields(_sections()[section])])
             else:
-                hint = did_you_mean(word, _sections()) or _section_of(word)
+                hint = (
+                    did_you_mean(word, _sections())
+                    or _section_of(word)
+                    or f" The sections are {', '.join(_sections())}."
+                )
             sentences.append(f"Unknown key: {key!r}.{hint}")
         elif finding["type"] == "dataclass_type":
             sentences.append(f"{key} must be a section with keys of its own, not {finding['input']!r}.")
