@@ -69,15 +69,15 @@ def _similarities(neighbors: Tensor, distances: Tensor, sizes: Tensor) -> tuple[
     first = pairs != (pairs >> 32) * (2**32 + 1)  # not with itself
     first[1:] &= pairs[1:] != pairs[:-1]
     at = first.nonzero()[:, 0]
-    u, v = ends(pairs[at])
-    distance = distances.flatten()[order[at]]
+    u, v = ends(pairs.index_select(0, at))
+    distance = distances.flatten().index_select(0, order.index_select(0, at))
     far = float(distance.max()) if len(distance) else 0.0
     # Every edge stands for the pairs of the points that equal its ends.
-    num_pairs = sizes[u] * sizes[v]
+    num_pairs = sizes.index_select(0, u) * sizes.index_select(0, v)
     unit = 2.0 ** (62 - max(1, int(num_pairs.sum())).bit_length())
     total = ((1 - distance / far) * unit).round().long() * num_pairs if far > 0 else torch.zeros_like(u)
     linked = total.nonzero()[:, 0]
-    return u[linked], v[linked], total[linked], unit, far
+    return u.index_select(0, linked), v.index_select(0, linked), total.index_select(0, linked), unit, far
 
 
 def _rounds(u: Tensor, v: Tensor, total: Tensor, sizes: Tensor) -> Iterator[Merges]:
@@ -102,7 +102,7 @@ def _rounds(u: Tensor, v: Tensor, total: Tensor, sizes: Tensor) -> Iterator[Merg
         if renumber:
             # Number the clusters that still have edges 0, 1, ...: what is used together then lies together.
             still = (u < gone).nonzero()[:, 0]
-            u, v, total = u[still], v[still], total[still]
+            u, v, total = (column.index_select(0, still) for column in (u, v, total))
             has_edges = torch.zeros(gone + 1, dtype=torch.bool, device=device)
             has_edges[u] = has_edges[v] = True
             number = has_edges.cumsum(0) - 1
@@ -117,9 +117,11 @@ def _rounds(u: Tensor, v: Tensor, total: Tensor, sizes: Tensor) -> Iterator[Merg
             dirty[gone] = False
 
         # The best edge of each dirty cluster: of greatest linkage, then of greatest shuffled pair.
-        at = _touching(dirty, u, v)
-        end, other = u.index_select(0, at), v.index_select(0, at)
-        linkage = total.index_select(0, at).double() / (size.index_select(0, end) * size.index_select(0, other))
+        end, other, sums = u, v, total
+        if not renumber:
+            at = _touching(dirty, u, v)
+            end, other, sums = (column.index_select(0, at) for column in (u, v, total))
+        linkage = sums.double() / (size.index_select(0, end) * size.index_select(0, other))
         best.masked_fill_(dirty, 0).scatter_reduce_(0, end, linkage, "amax").scatter_reduce_(0, other, linkage, "amax")
         choice.masked_fill_(dirty, NOTHING)
         for side in (end, other):
