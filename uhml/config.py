@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
@@ -352,7 +352,7 @@ def _section_of(word: str) -> str:
     return ""
 
 
-def _contradictions(config: Config) -> Any:
+def _contradictions(config: Config) -> Iterator[str]:
     """Yield a sentence for each pair of options that cannot go together."""
     data, hierarchy, mining, train = config.data, config.hierarchy, config.mining, config.train
     per_cluster = mining.pictures_per_cluster * mining.num_views
@@ -391,7 +391,7 @@ def _contradictions(config: Config) -> Any:
         )
 
 
-def _cut_problems(hierarchy: HierarchyConfig) -> Any:
+def _cut_problems(hierarchy: HierarchyConfig) -> Iterator[str]:
     cuts, steps = hierarchy.cuts, list(zip(hierarchy.cuts, hierarchy.cuts[1:], strict=False))
     said = f"hierarchy.cuts={list(cuts)}"
     if hierarchy.cut_by == "counts":
