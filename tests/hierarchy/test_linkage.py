@@ -1,5 +1,7 @@
 """Each mode against its oracle, and what holds for all."""
 
+import re
+
 import fastcluster
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from scipy.sparse import coo_matrix
 from sknetwork.hierarchy import Paris
 
 from uhml.errors import UserError
-from uhml.hierarchy import average_linkage, exact, knn, linkage, memory
+from uhml.hierarchy import average_linkage, exact, knn, linkage, memory, rounds
 from uhml.hierarchy.geometry import GEOMETRIES, Geometry
 from uhml.hierarchy.graph import graph_linkage
 
@@ -97,15 +99,18 @@ def test_exact_at_some_size_in_float32(geometry):
     np.testing.assert_allclose(tree.to_scipy()[:, 2:], theirs[:, 2:], atol=1e-9)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_same_tree_for_any_number_of_threads(mode):
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("graph", {}), ("graph", {"exact_search_up_to": 100}), ("exact", {}), ("dense", {})],
+)
+def test_same_tree_for_any_number_of_threads(mode, options):
     x = mixture(1, 1000)[0]
     before = torch.get_num_threads()
     try:
         trees = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            trees.append(tree_of(x, mode, "poincare").to_scipy())
+            trees.append(tree_of(x, mode, "poincare", **options).to_scipy())
     finally:
         torch.set_num_threads(before)
     assert all(np.array_equal(tree, trees[0]) for tree in trees)
@@ -215,6 +220,24 @@ def test_curvature_zero_is_twice_the_euclidean(mode):
     np.testing.assert_allclose(flat[:, 2], euclidean[:, 2] * (4 if mode == "exact" else 2))
 
 
+@pytest.mark.filterwarnings("error")
+def test_memory_mapped_embeddings(tmp_path):
+    np.save(tmp_path / "x.npy", mixture(5, 100)[0].numpy())
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    assert average_linkage(mapped).num_points == 100
+
+
+def test_products_are_true_float32_whatever_training_allows():
+    x = mixture(8, 1000)[0]
+    expected = average_linkage(x, mode="exact").to_scipy()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert np.array_equal(average_linkage(x, mode="exact").to_scipy(), expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -240,6 +263,12 @@ def test_memory_is_refused_before_it_is_taken(mode, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 2**20)
     with pytest.raises(UserError, match=rf"mode={mode} on 1,000 points needs about [\d.]+ GiB .* 0.0 GiB are free"):
         average_linkage(mixture(0, 1000)[0], mode=mode)
+
+
+def test_unusually_many_rounds_are_warned_of(monkeypatch, caplog):
+    monkeypatch.setattr(rounds, "UNUSUALLY_MANY", 3)
+    average_linkage(mixture(0, 300)[0])
+    assert re.search(r"graph linkage took \d+ rounds for 300 points: are the embeddings collapsed", caplog.text)
 
 
 def test_the_engine_finds_the_classes_of_a_mixture():

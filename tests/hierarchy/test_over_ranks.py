@@ -86,3 +86,23 @@ def test_a_failure_on_one_rank_ends_all(cause, message):
     start = time.monotonic()
     assert all(message in said for said in run_ranks(failures, 2, cause))
     assert time.monotonic() - start < 60
+
+
+def shares_that_pass(n):
+    rows = torch.arange(n * 2).reshape(n, 2)
+    seen = torch.full((n, 2), -1)
+    owners = []
+    for part, which in distributed.shares_in_turn(rows[distributed.rank() :: distributed.world_size()], n):
+        seen[list(which)] = part
+        owners.append(which.start)
+    return torch.equal(seen, rows) and owners[0] == distributed.rank() and len(set(owners)) == distributed.world_size()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_share_passes_every_rank(world_size):
+    assert run_ranks(shares_that_pass, world_size, 10) == [True] * world_size
+
+
+def test_one_process_has_one_share():
+    rows = torch.arange(4)
+    assert [(part.tolist(), which) for part, which in distributed.shares_in_turn(rows, 4)] == [([0, 1, 2, 3], range(4))]

@@ -12,6 +12,7 @@ from uhml.hierarchy.geometry import Geometry, polar
 from uhml.hierarchy.pairs import SHUFFLE, pair
 from uhml.hierarchy.rounds import reported
 from uhml.hierarchy.search import exact_search, extremes, rounding, true_float32
+from uhml.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 NUM_NEAR = 32
 # Few enough that the means of all their near clusters stay in the cache.
 ROWS_PER_BLOCK = 128
+QUERIES_PER_BLOCK = 16384
 # Finite, so that no product with it is NaN.
 FAR = 1e30
 
@@ -148,13 +150,16 @@ class _Clusters:
                 return
             self.num_searches += len(rows)
             slots = self.merged_into if in_float32 else self.left.nonzero()[:, 0]
-            lifted = self.means32 if in_float32 else self.means[slots]
-            polars = polar((self.means32 if in_float32 else self.means)[rows])
-            products, listed = exact_search(lifted)(polars, num_listed)
-            radius = products[:, -1].double() - rounding(polars, self.extremes)
-            if num_listed == self.num_left:
-                radius.fill_(torch.inf)
-            self._choose(rows, slots[listed], radius)
+            means = self.means32 if in_float32 else self.means
+            search = exact_search(means if in_float32 else means[slots])
+            blocks = rows.split(QUERIES_PER_BLOCK)
+            for block in progress(blocks, "nearest clusters", unit="block"):
+                polars = polar(means[block])
+                products, listed = search(polars, num_listed)
+                radius = products[:, -1].double() - rounding(polars, self.extremes)
+                if num_listed == self.num_left:
+                    radius.fill_(torch.inf)
+                self._choose(block, slots[listed], radius)
             rows = rows[self.gaps[rows] > self.radius[rows]]
 
     def _choose(self, rows: Tensor, listed: Tensor, radius: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The two doors of the engine: cluster in one process, or with the neighbour search spread over ranks."""
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -57,7 +58,7 @@ def average_linkage(
         UserError: an option or a row of the embeddings is not usable, or memory does not suffice.
     """
     space = _check(mode, geometry, curvature, num_neighbors, min_recall)
-    points = space.points(_precise(torch.as_tensor(embeddings, device=device), mode))
+    points = space.points(_precise(_tensor(embeddings, device), mode))
     _check_not_empty(len(points))
     if mode != "graph":
         return _of_all_pairs(points, space, mode)
@@ -181,6 +182,13 @@ def _of_first(
     is_first = first[ids] == ids
     neighbors[is_first], distances[is_first] = search(points[is_first], ids[is_first], k)
     return neighbors, distances
+
+
+def _tensor(embeddings: Tensor | np.ndarray, device: torch.device | str | None) -> Tensor:
+    with warnings.catch_warnings():
+        # Of arrays that may not be written to, such as memory-mapped files; nothing here writes to them.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.as_tensor(embeddings, device=device)
 
 
 def _precise(embeddings: Tensor, mode: str) -> Tensor:
