@@ -168,6 +168,25 @@ def test_unlabelled_folder_is_trained_and_not_scored(shapes, config, tmp_path, c
     assert Dendrogram.load(tmp_path / "run" / "hierarchy.npz").num_points == NUM_CLASSES * PER_CLASS
 
 
+def test_queries_search_their_gallery(shapes, config, tmp_path):
+    lines = []
+    for number, folder in enumerate(sorted(shapes.iterdir())):
+        for i, path in enumerate(sorted(folder.iterdir())):
+            status = "train" if number < NUM_CLASSES // 2 else "query" if i < 3 else "gallery"
+            name = f"img/{folder.name}/{path.name}"
+            (tmp_path / "Img" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "Img" / name).write_bytes(path.read_bytes())
+            lines.append(f"{name} id_{number:08d} {status}")
+    (tmp_path / "Eval").mkdir()
+    header = f"{len(lines)}\nimage_name item_id evaluation_status\n"
+    (tmp_path / "Eval" / "list_eval_partition.txt").write_text(header + "\n".join(lines) + "\n")
+    assert run(config, tmp_path, tmp_path / "run", "data.dataset=inshop", "train.num_steps=2") == 0
+    # Three queries of each of four items, so that recall comes in twelfths; six pictures of each in the gallery.
+    recall = result(tmp_path / "run")["trained"]["recall_at_k"]["1"]
+    assert recall * 12 == pytest.approx(round(recall * 12))
+    assert recall > 0
+
+
 def test_corrupt_picture_is_refused_by_name_or_skipped_on_demand(shapes, config, tmp_path, caplog):
     root = tmp_path / "pictures"
     for path in shapes.rglob("*.png"):
