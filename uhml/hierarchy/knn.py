@@ -9,7 +9,7 @@ from uhml.progress import progress
 
 # Candidates beyond the asked-for k that the search hands over to be put in order.
 SPARE = 4
-QUERIES_PER_BLOCK = 16384
+QUERIES_PER_BLOCK = 65536
 # Few enough that the pairs' coordinates stay in the cache.
 QUERIES_PER_ORDERING = 256
 

@@ -24,8 +24,10 @@ BASE_PER_BLOCK = 16384
 FAISS_FROM = 512
 
 # More points for each cell to fit centres to, or more rounds of fitting, raise recall little.
-SAMPLE_PER_CELL = 64
-NUM_FITTING_ROUNDS = 6
+SAMPLE_PER_CELL = 32
+NUM_FITTING_ROUNDS = 4
+# Cells for each square root of the number of points: with fewer, queries meet more points; with more, more centres.
+CELLS_PER_ROOT = 4
 # Points whose true neighbours are found, to measure recall.
 NUM_MEASURED = 1024
 
@@ -112,7 +114,7 @@ def approximate_search(lifted: Tensor, k: int, min_recall: float, geometry: Geom
         geometry: the geometry they are points of.
     """
     n, device = len(lifted), lifted.device
-    num_cells = round(2 * math.sqrt(n))
+    num_cells = min(n, round(CELLS_PER_ROOT * math.sqrt(n)))
     # Drawn on the CPU: the same for every device and rank.
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(device)
     centers = _fit_centers(lifted[shuffled[: SAMPLE_PER_CELL * num_cells]], num_cells, geometry)
@@ -121,7 +123,7 @@ def approximate_search(lifted: Tensor, k: int, min_recall: float, geometry: Geom
     members = cell.sort(stable=True).indices
     stored = lifted[members]
 
-    measured = shuffled[:NUM_MEASURED]
+    measured = shuffled[-NUM_MEASURED:]  # the first are centres, and would flatter them
     _, true = exact_search(lifted)(polar(lifted[measured]), min(k + 1, n))
     order = _nearest(lifted[measured], centers, num_cells)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(num_cells, device=device).expand_as(order))
@@ -165,7 +167,7 @@ def approximate_search(lifted: Tensor, k: int, min_recall: float, geometry: Geom
         return gaps, torch.where(positions >= 0, members[positions], -1)
 
     def in_blocks(polars: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        parts = [search(part, k) for part in polars.split(max(1, BLOCK_ELEMENTS // (num_probes * k)))]
+        parts = [search(part, k) for part in polars.split(max(1, 2 * BLOCK_ELEMENTS // (num_probes * k)))]
         return torch.cat([gaps for gaps, _ in parts]), torch.cat([positions for _, positions in parts])
 
     return in_blocks
