@@ -119,8 +119,7 @@ def average_linkage_over_ranks(
         points = distributed.all_gather_shares(own_points, num_points)
         return distributed.on_main(lambda: _of_all_pairs(points, space, mode))
 
-    size = num_points * own_points[:1].nbytes if len(own_points) else 0
-    gathers = max(distributed.gather_objects(size)) <= gather_up_to
+    gathers = num_points * own_points.shape[1] * own_points.element_size() <= gather_up_to
     num_searched = num_points if gathers else 2 * len(own)
     needed = search_memory(len(own), num_searched, own_points, num_neighbors)
     needed += graph_memory(num_points, num_neighbors) if distributed.is_main() else 12 * num_points * num_neighbors
