@@ -21,6 +21,8 @@ from reference import (
     scipy_tree,
 )
 from scipy.sparse import coo_matrix
+from sklearn.datasets import load_digits
+from sklearn.metrics import adjusted_rand_score
 from sknetwork.hierarchy import Paris
 
 from uhml.errors import UserError
@@ -276,6 +278,14 @@ def test_the_engine_finds_the_classes_of_a_mixture():
     found = average_linkage(x, num_neighbors=10).cut(counts=[20])[0]
     pairs = torch.stack([labels, found.long()]).unique(dim=1)
     assert pairs.shape[1] == 20
+
+
+def test_a_graph_finds_the_classes_of_handwritten_digits_where_all_pairs_do_not():
+    x, labels = load_digits(return_X_y=True)
+    x = torch.from_numpy(x / 16)
+    graph, exact_mode = (average_linkage(x, mode=mode, geometry="euclidean").cut(counts=[10])[0] for mode in MODES[:2])
+    assert adjusted_rand_score(labels, graph) > 0.75
+    assert adjusted_rand_score(labels, exact_mode) < 0.65
 
 
 def test_exact_falls_back_to_float64_where_float32_cannot_tell(monkeypatch):
