@@ -107,6 +107,7 @@ def test_scores_are_means_over_queries(geometry):
 
 @pytest.mark.parametrize("has_gallery", [False, True])
 def test_scores_are_pytorch_metric_learnings(has_gallery):
+    pytest.importorskip("faiss", reason="the calculator searches by faiss")
     # Without duplicates, whose order it leaves open, and without classes of one, which it leaves out of precision@1.
     queries, gallery = pictures(60, 6, 1, duplicates=0), pictures(80, 6, 2, duplicates=0)
     assert min(np.bincount(queries.labels)) > 1
