@@ -7,6 +7,7 @@ import torch
 from reference import mixture
 from sklearn.metrics import silhouette_score
 
+from uhml import cli
 from uhml.errors import UserError
 from uhml.hierarchy import Dendrogram, average_linkage, command, quality
 from uhml.hierarchy.geometry import Geometry
@@ -99,3 +100,18 @@ def test_quality():
         silhouette_score(torch.cdist(x, x).square().fill_diagonal_(0), clusters, metric="precomputed")
     )
     assert quality.silhouette(x, torch.zeros(400, dtype=torch.int32), space) == 0
+
+
+def test_what_is_read_is_never_written_over(tmp_path):
+    path = tmp_path / "e.npy"
+    np.save(path, np.eye(4))
+    before = path.read_bytes()
+    (tmp_path / "link.npy").symlink_to(path)
+    for out in (path, tmp_path / "link.npy"):
+        assert cli.main(["cluster", str(path), "--out", str(out), "--geometry", "cosine"]) == 2
+    np.savez(tmp_path / "e.npz", np.eye(4))
+    assert cli.main(["cluster", str(tmp_path / "e.npz"), "--out", str(tmp_path / "t.npz")]) == 2
+    plot = ["--out", str(tmp_path / "t.npz"), "--plot", str(tmp_path / "t.xyz")]
+    assert cli.main(["cluster", str(path), "--geometry", "cosine", *plot]) == 2
+    assert path.read_bytes() == before
+    assert not (tmp_path / "t.npz").exists()

@@ -20,6 +20,7 @@ from uhml.hierarchy.linkage import EXACT_SEARCH_UP_TO, MIN_RECALL, MODES, averag
 logger = logging.getLogger(__name__)
 
 PLOTTED_CLUSTERS = 50
+PLOT_SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +79,13 @@ def run(args: argparse.Namespace) -> None:
     for path in (args.out, args.levels, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise UserError(f"There is no folder {path.absolute().parent} to write {path.name} to.")
+    used = [path.resolve() for path in (args.embeddings, args.labels, args.out, args.levels, args.plot) if path]
+    if len(set(used)) < len(used):
+        raise UserError(
+            "Two of EMBEDDINGS, --labels, --out, --levels and --plot are one file: name another to write to."
+        )
+    if args.plot and args.plot.suffix.lower() not in PLOT_SUFFIXES:
+        raise UserError(f"--plot {args.plot} must end in one of {', '.join(PLOT_SUFFIXES)}.")
     device = _device(args.device)
 
     start = time.monotonic()
@@ -148,11 +156,14 @@ def plot(tree: Dendrogram, path: Path, title: str) -> None:
 def _load(path: Path) -> np.ndarray:
     try:
         # Copy on write: read as it is needed, never written.
-        return np.load(path, mmap_mode="c", allow_pickle=False)
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"There is no file {path}.") from None
     except (ValueError, EOFError):
         raise UserError(f"{path} is not a .npy file of numbers.") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path} is an archive of arrays: give one of them as a .npy file.")
+    return array
 
 
 def _device(name: str | None) -> torch.device:
