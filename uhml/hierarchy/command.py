@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     used = [path.resolve() for path in (args.embeddings, args.labels, args.out, args.levels, args.plot) if path]
     if len(set(used)) < len(used):
         raise UserError(
-            "Two of EMBEDDINGS, --labels, --out, --levels and --plot are one file: name another to write to."
+            "Two of EMBEDDINGS, --labels, --out, --levels and --plot are one file: name another."
         )
     if args.plot and args.plot.suffix.lower() not in PLOT_SUFFIXES:
         raise UserError(f"--plot {args.plot} must end in one of {', '.join(PLOT_SUFFIXES)}.")
