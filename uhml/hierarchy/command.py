@@ -81,9 +81,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"There is no folder {path.absolute().parent} to write {path.name} to.")
     used = [path.resolve() for path in (args.embeddings, args.labels, args.out, args.levels, args.plot) if path]
     if len(set(used)) < len(used):
-        raise UserError(
-            "Two of EMBEDDINGS, --labels, --out, --levels and --plot are one file: name another."
-        )
+        raise UserError("Two of EMBEDDINGS, --labels, --out, --levels and --plot are one file: name another.")
     if args.plot and args.plot.suffix.lower() not in PLOT_SUFFIXES:
         raise UserError(f"--plot {args.plot} must end in one of {', '.join(PLOT_SUFFIXES)}.")
     device = _device(args.device)
