@@ -38,10 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with logs.to_terminal():
         try:
             args.run(args)
-        except UserError as e:
-            logger.error("error: %s", e)
-            return 2
-        except OSError as e:  # a full disk, a file taken away: the message names the file, the run's log the place
+        # An OSError is a full disk or a file taken away: the message names the file, the run's log the place.
+        except (UserError, OSError) as e:
             logger.error("error: %s", e)
             return 2
         except KeyboardInterrupt:
