@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import uhml
-from uhml import logs
+from uhml import interruption, logs
 from uhml.config import describe_keys, load_config
 from uhml.errors import UserError
+from uhml.interruption import Preempted
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,10 @@ keys of CONFIG, each also as section.key=value on the command line (values are t
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, or 2 after an error of the user's."""
+    """Run one command and return the exit status.
+
+    0: done. 2: an error of the user's. 75: preempted, and the same command goes on where it stopped; 130 after Ctrl-C.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser(arguments)
     # argparse gives up at overrides that follow an option; they are as good there as before it.
@@ -42,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (UserError, OSError) as e:
             logger.error("error: %s", e)
             return 2
+        except Preempted as e:
+            logger.info("%s", e)
+            return e.exit_status
         except KeyboardInterrupt:
             logger.error("interrupted")
             return 130
@@ -78,9 +85,10 @@ def _train(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     run_dir = args.run_dir or Path("runs") / f"{Path(args.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     # Here, not above: torch and timm take seconds to import, and a mistyped key should be told at once.
-    from uhml.train import train
+    with interruption.handled():
+        from uhml.train import train
 
-    train(config, run_dir, args.overwrite)
+        train(config, run_dir, args.overwrite)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,49 @@
+"""Which rank this process is, as torchrun or SLURM put it into the environment. Imports no torch: all may ask."""
+
+import os
+import re
+from typing import NamedTuple
+
+
+class Place(NamedTuple):
+    """A process among those of one run.
+
+    Attributes:
+        launcher: "torchrun", "slurm", or "single" for a process by itself.
+        rank: over all nodes.
+        world_size: number of processes over all nodes.
+        local_rank: on this node.
+        local_world_size: number of processes on this node.
+    """
+
+    launcher: str
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+def place() -> Place:
+    """Return this process's place: by torchrun's variables, then by SLURM's, then as a single one."""
+    env = os.environ
+    if "RANK" in env:
+        world_size = int(env["WORLD_SIZE"])
+        local = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+        return Place("torchrun", int(env["RANK"]), world_size, *local)
+    # A shell under salloc and a batch script know of the job's tasks without being one: only srun's steps are.
+    world_size = int(env.get("SLURM_NTASKS", 1)) if "SLURM_STEP_ID" in env else 1
+    if world_size > 1:
+        here = _tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])]
+        return Place("slurm", int(env["SLURM_PROCID"]), world_size, int(env["SLURM_LOCALID"]), here)
+    return Place("single")
+
+
+def _tasks_per_node(said: str) -> list[int]:
+    """Spell out SLURM's list of tasks: "2(x3),1" is [2, 2, 2, 1]."""
+    tasks: list[int] = []
+    for part in said.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if found is None:
+            raise ValueError(f"SLURM_STEP_TASKS_PER_NODE={said} is not understood")
+        tasks += [int(found[1])] * int(found[2] or 1)
+    return tasks

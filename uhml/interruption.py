@@ -1,0 +1,115 @@
+"""Preemption: a signal asks the run to end, and the run ends where nothing is lost.
+
+A cluster sends SIGUSR2 or SIGTERM before it takes the machine away, and Ctrl-C is SIGINT. Inside :func:`handled` these
+do not end the process but are remembered. The run looks after them where all ranks are at the same step
+(:func:`uhml.distributed.on_every_rank`), so that all of them raise :class:`Preempted` together. Only within
+:func:`at_once`, around work whose loss costs no step, does the signal itself raise it.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+
+START_AGAIN = os.EX_TEMPFAIL
+"""Exit status of a run that goes on when the same command is started again."""
+
+# torchrun and the terminal may both pass on one Ctrl-C; a second one of the user's comes later than that.
+SECONDS_TO_SECOND_CTRL_C = 2.0
+
+
+# Not an Exception: like KeyboardInterrupt, it must pass by those who handle errors of the work it interrupts.
+class Preempted(BaseException):
+    """The run ended because a signal asked it to; started again, it goes on.
+
+    Attributes:
+        signal: the number of the signal.
+    """
+
+    def __init__(self, number: int, message: str = "") -> None:
+        super().__init__(message or f"stopped by {signal.Signals(number).name}")
+        self.signal = number
+
+    @property
+    def exit_status(self) -> int:
+        """What the process should exit with."""
+        return 130 if self.signal == signal.SIGINT else START_AGAIN
+
+
+class _Pending:
+    """The signal that has arrived, if any: signal handlers belong to the process, and so does this."""
+
+    number = 0
+    since = 0.0
+    raises = False
+
+
+@contextlib.contextmanager
+def handled() -> Iterator[None]:
+    """Remember the signals that ask the run to end; put the handlers that were there before back at the end.
+
+    May be nested. Python allows it in the main thread only.
+    """
+    before = {number: signal.signal(number, _remember) for number in SIGNALS}
+    nested = before[signal.SIGINT] is _remember
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if not nested:
+            _Pending.number = 0
+
+
+def _remember(number: int, frame: FrameType | None) -> None:
+    now = time.monotonic()
+    if number == signal.SIGINT == _Pending.number and now - _Pending.since > SECONDS_TO_SECOND_CTRL_C:
+        raise KeyboardInterrupt  # the user does not want to wait
+    if not _Pending.number:
+        _Pending.number, _Pending.since = number, now
+    if _Pending.raises:
+        _Pending.raises = False
+        raise Preempted(_Pending.number)
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Raise :class:`Preempted` as soon as a signal arrives, or at the start if one has; for work that may be dropped.
+
+    Never around a collective: the other ranks would wait in it for this one.
+    """
+    before = _Pending.raises
+    _Pending.raises = True
+    try:
+        if _Pending.number:
+            raise Preempted(_Pending.number)
+        yield
+    finally:
+        _Pending.raises = before
+
+
+@contextlib.contextmanager
+def workers_starting() -> Iterator[None]:
+    """Around the start of worker processes: no signal reaches them before :func:`leave_to_parent` is called there.
+
+    A death of theirs is told where their work is fetched, and not, as torch would have it, by an exception in whatever
+    the main thread happens to do then.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    child_died = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, child_died)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_to_parent(*_: Any) -> None:
+    """Ignore, in a worker process, the signals that its whole group gets: the parent decides when to end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,148 @@
+"""``status.json``: what a run is doing, for whoever looks from outside. Rank 0 writes, always the whole file."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from uhml.interruption import Preempted
+
+FILE = "status.json"
+SECONDS_BETWEEN_WRITES = 1.0
+
+State = Literal["starting", "running", "preempted", "finished", "failed"]
+Phase = Literal["embed", "cluster", "train", "evaluate"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """A run at one moment."""
+
+    state: State
+    phase: Phase
+    step: int
+    """Steps taken."""
+    num_steps: int
+    """Steps in all."""
+    restarts: int
+    """How often the run was started again."""
+    seconds_per_step: float | None
+    """Recent, re-clustering and saving not counted; None before the second step of a launch."""
+    updated_at: str
+    """UTC, ISO 8601."""
+    started_at: str
+    """Of the first launch."""
+    host: str
+    """Of rank 0."""
+    pid: int
+    """Of rank 0."""
+    world_size: int
+    error: str | None
+    """One line, where the state is "failed"."""
+
+
+def read_status(run_dir: Path) -> RunStatus | None:
+    """Return the status of the run in a folder, or None where no run has told one.
+
+    Raises:
+        ValueError: the file is not one that :func:`write_status` wrote.
+    """
+    try:
+        plain = json.loads((run_dir / FILE).read_text())
+    except FileNotFoundError:
+        return None
+    try:
+        return RunStatus(**plain)
+    except TypeError as e:
+        raise ValueError(f"{run_dir / FILE} is no status of a run: {e}") from e
+
+
+def write_status(run_dir: Path, status: RunStatus) -> None:
+    """Put ``status`` in the place of the one before; who reads meanwhile reads the one or the other."""
+    aside = run_dir / f"{FILE}.partial"
+    aside.write_text(json.dumps(dataclasses.asdict(status), indent=2) + "\n")
+    aside.replace(run_dir / FILE)
+
+
+class StatusReport:
+    """Keeps ``status.json`` of a running run up to date, at most once a second while it trains.
+
+    Args:
+        run_dir: the folder of the run.
+        num_steps: steps in all.
+        world_size: number of ranks.
+        active: whether to write at all: on rank 0.
+        before: the status that an earlier launch of this run left, if there was one.
+    """
+
+    def __init__(
+        self, run_dir: Path, num_steps: int, world_size: int, *, active: bool, before: RunStatus | None
+    ) -> None:
+        self.run_dir, self.active = run_dir, active
+        self.written = self.stepped = -float("inf")
+        now = _now()
+        self.status = RunStatus(
+            state="starting",
+            phase="embed",
+            step=0 if before is None else before.step,
+            num_steps=num_steps,
+            restarts=0 if before is None else before.restarts + 1,
+            seconds_per_step=None,
+            updated_at=now,
+            started_at=now if before is None else before.started_at,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            world_size=world_size,
+            error=None,
+        )
+        self.tell()
+
+    def tell(self, **changes: Any) -> None:
+        """Change fields and write."""
+        self.status = dataclasses.replace(self.status, updated_at=_now(), **changes)
+        if self.active:
+            write_status(self.run_dir, self.status)
+            self.written = time.monotonic()
+
+    def phase(self, phase: Phase) -> None:
+        """Tell that something else is being done now."""
+        self.stepped = -float("inf")
+        self.tell(state="running", phase=phase)
+
+    def step(self, step: int) -> None:
+        """Tell that ``step`` steps are taken."""
+        now = time.monotonic()
+        took, self.stepped = now - self.stepped, now
+        pace = self.status.seconds_per_step
+        if took < float("inf"):
+            pace = took if pace is None else 0.9 * pace + 0.1 * took
+        self.status = dataclasses.replace(self.status, step=step, seconds_per_step=pace)
+        if now - self.written > SECONDS_BETWEEN_WRITES:
+            self.tell()
+
+
+@contextlib.contextmanager
+def reported(report: StatusReport) -> Iterator[StatusReport]:
+    """Tell at the end how the run ended."""
+    try:
+        yield report
+    except Preempted:
+        report.tell(state="preempted")
+        raise
+    except BaseException as e:
+        # On a full disk or a folder taken away, the error itself is what must be told.
+        with contextlib.suppress(OSError):
+            report.tell(state="failed", error=" ".join(f"{e}".split()) or type(e).__name__)
+        raise
+    else:
+        report.tell(state="finished")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
