@@ -6,7 +6,7 @@ from ranks import run_ranks
 from torch import nn
 
 from uhml import distributed
-from uhml.errors import UserError
+from uhml.errors import RankFailed, UserError
 
 WORLDS = [1, 2, 4]
 
@@ -133,7 +133,7 @@ def test_an_error_on_one_rank_is_raised_on_every_rank_and_users_errors_stay_user
             if rank == where:
                 assert got[what] == (kind, words)
             else:
-                elsewhere = UserError if kind is UserError else RuntimeError
+                elsewhere = UserError if kind is UserError else RankFailed
                 assert got[what] == (elsewhere, f"rank {where} failed: {words}")
         assert got["main says nothing"][1] == ("" if rank == 0 else "rank 0 failed: KeyError")
 
@@ -213,6 +213,8 @@ def test_a_gpu_that_is_not_there_is_the_users_to_mend(monkeypatch):
 
 def test_threads_are_shared_out_to_the_ranks_of_a_machine(monkeypatch):
     monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "40")
     for ranks, threads in (("1", 8), ("3", 2), ("8", 1), ("20", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
         assert distributed.threads_per_rank() == threads

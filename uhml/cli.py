@@ -10,7 +10,8 @@ from pathlib import Path
 import uhml
 from uhml import interruption, logs
 from uhml.config import describe_keys, load_config
-from uhml.errors import UserError
+from uhml.environment import place
+from uhml.errors import RankFailed, UserError, is_known_everywhere
 from uhml.interruption import Preempted
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args.run(args)
         # An OSError is a full disk or a file taken away: the message names the file, the run's log the place.
         except (UserError, OSError) as e:
-            logger.error("error: %s", e)
+            _tell(e)
             return 2
+        except RankFailed as e:
+            _tell(e)
+            return 1
         except Preempted as e:
             logger.info("%s", e)
             return e.exit_status
@@ -53,6 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             logger.error("interrupted")
             return 130
     return 0
+
+
+def _tell(error: Exception) -> None:
+    """Show the error on the terminal, once: what rank 0 tells no other rank repeats."""
+    if place().rank == 0 or not is_known_everywhere(error):
+        logger.error("error: %s", error)
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

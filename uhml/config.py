@@ -7,7 +7,6 @@ process group, picture or weight is touched.
 
 import dataclasses
 import math
-import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter
 from yaml import YAMLError
 
+from uhml.environment import place
 from uhml.errors import UserError, did_you_mean
 
 _SETTINGS = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
@@ -366,8 +366,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"train.global_batch_size={train.global_batch_size} holds a single cluster of {per_cluster}; the loss "
             f"compares clusters, so take at least {2 * per_cluster}."
         )
-    # torchrun says how many ranks there will be before there is a process group.
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    # The environment says how many ranks there will be before there is a process group.
+    world_size = place().world_size
     if train.global_batch_size % world_size:
         yield f"train.global_batch_size={train.global_batch_size} must be a multiple of the {world_size} ranks."
     if data.dataset != "glyphs" and data.root is None:

@@ -12,15 +12,19 @@ import contextlib
 import datetime
 import inspect
 import os
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist  # noqa: TID251 (this is the one module that may)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from uhml.errors import UserError
+from uhml import interruption
+from uhml.environment import place
+from uhml.errors import RankFailed, UserError, known_everywhere
+from uhml.interruption import Preempted
 
 T = TypeVar("T")
 
@@ -31,9 +35,13 @@ WAIT_FOR_MAIN_TIMEOUT = datetime.timedelta(days=7)
 _patient_group: Any = None
 
 
+# What gloo and NCCL say when the process at the other end is gone.
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
+
 @contextlib.contextmanager
 def process_group(device: str = "auto") -> Iterator[torch.device]:
-    """Join the process group that torchrun describes, if it does, and leave it at the end. Yields this rank's device.
+    """Join the process group that torchrun or SLURM describes, if one does. Yields this rank's device.
 
     Args:
         device: "auto" (CUDA where there is a GPU), "cpu" or "cuda".
@@ -42,25 +50,29 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
         UserError: a GPU is asked for, or shared out to ranks, and there are too few.
     """
     global _patient_group
+    here = place()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device == "cuda":
-        if torch.cuda.device_count() < local_world:
+        if torch.cuda.device_count() < here.local_world_size:
             raise UserError(
-                f"train.device=cuda needs one GPU per process: {local_world} processes, "
+                f"train.device=cuda needs one GPU per process: {here.local_world_size} processes, "
                 f"{torch.cuda.device_count()} GPUs here. Start fewer processes or use train.device=cpu."
             )
-        torch.cuda.set_device(local_rank)
-        rank_device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(here.local_rank)
+        rank_device = torch.device("cuda", here.local_rank)
     else:
         rank_device = torch.device("cpu")
     torch.set_num_threads(threads_per_rank())
-    if "RANK" not in os.environ:
+    if here.launcher == "single":
         yield rank_device
         return
+    if here.launcher == "slurm":
+        _point_to_first_node(os.environ)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        rank=here.rank,
+        world_size=here.world_size,
         timeout=COLLECTIVE_TIMEOUT,
         device_id=rank_device if device == "cuda" else None,
     )
@@ -73,10 +85,37 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def lost_ranks_told() -> Iterator[None]:
+    """Say in words what a collective says by an error of the network. Not a collective.
+
+    Raises:
+        RankFailed: another rank ended without a word.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        if not any(words in str(e) for words in GONE):
+            raise
+        raise RankFailed(
+            "Another rank ended without a word, killed perhaps for want of memory: the logs of the other ranks, or "
+            "what started them, may say more. Start the same command again to go on from the last checkpoint."
+        ) from e
+
+
+def _point_to_first_node(environment: "os._Environ[str]") -> None:
+    """Set where rank 0 listens, the same on every task of a SLURM job, unless the user has."""
+    if "MASTER_ADDR" not in environment:
+        nodes = ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]]
+        environment["MASTER_ADDR"] = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
+    # Jobs that share a node have different numbers. Below the ports that systems hand out themselves.
+    environment.setdefault("MASTER_PORT", str(10_000 + int(environment["SLURM_JOB_ID"]) % 20_000))
+
+
 def threads_per_rank() -> int:
     """Return the number of CPU threads for one rank, so that the ranks of a machine do not fight. Not a collective."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cores // place().local_world_size)
 
 
 def rank() -> int:
@@ -190,6 +229,16 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     return value
 
 
+def all_reduce_max(value: int) -> int:
+    """Return the greatest ``value`` of all ranks."""
+    if world_size() == 1:
+        return value
+    # On the CPU, also where there are GPUs: the answer decides what Python does next.
+    greatest = torch.tensor(value)
+    dist.all_reduce(greatest, dist.ReduceOp.MAX)
+    return int(greatest)
+
+
 def gather_objects(value: T) -> list[T]:
     """Return every rank's ``value``, in rank order, on every rank. For small things: messages, counts, names."""
     if world_size() == 1:
@@ -202,53 +251,91 @@ def gather_objects(value: T) -> list[T]:
 def on_every_rank(work: Callable[[], T]) -> T:
     """Run ``work``, which is no collective itself, on every rank. An error on any rank is raised on every rank.
 
+    A signal that asks the run to end counts as an error on the rank that got it, so here is where all ranks agree to.
+
     Raises:
+        Preempted: on every rank, if some rank was asked to end and ``work`` failed on none.
         UserError: ``work`` raised one on some rank.
-        RuntimeError: on the other ranks, when ``work`` raised anything else on some rank.
+        RankFailed: on the other ranks, when ``work`` raised anything else on some rank.
     """
     result, error = None, None
     try:
-        result = work()
-    except Exception as e:
+        with interruption.at_once():
+            result = work()
+    except (Exception, Preempted) as e:
         error = e
-    # Without this the ranks that went well would wait in their next collective for one that never comes.
-    failures = gather_objects(None if error is None else (isinstance(error, UserError), str(error) or repr(error)))
-    if error is not None:
-        raise error
-    for number, failure in enumerate(failures):
-        if failure is not None:
-            is_users, message = failure
-            raise (UserError if is_users else RuntimeError)(f"rank {number} failed: {message}")
+    # Without this the ranks that went well would wait in their next collective for one that never comes. One number
+    # is enough as long as nothing has happened, which is nearly always.
+    if world_size() == 1:
+        if error is not None:
+            raise error
+    elif all_reduce_max(int(error is not None)):
+        _raise_on_every_rank(error, gather_objects(_Failure.of(error)))
     return cast(T, result)
 
 
-def on_main(work: Callable[[], T]) -> T | None:
+def on_main(work: Callable[[], T], *, interruptible: bool = True) -> T | None:
     """Run ``work`` on rank 0 while the others wait, for days if need be. An error there is raised on every rank.
+
+    Args:
+        work: no collective.
+        interruptible: whether a signal that asks the run to end may end ``work`` half-way.
 
     Returns:
         What ``work`` returned on rank 0, None elsewhere.
 
     Raises:
+        Preempted: on every rank, if rank 0 was asked to end meanwhile.
         UserError: ``work`` raised one on rank 0.
-        RuntimeError: on the other ranks, when ``work`` raised anything else on rank 0.
+        RankFailed: on the other ranks, when ``work`` raised anything else on rank 0.
     """
-    if world_size() == 1:
-        return work()
     result, error = None, None
     if is_main():
         try:
-            result = work()
-        except Exception as e:
+            with interruption.at_once() if interruptible else contextlib.nullcontext():
+                result = work()
+        except (Exception, Preempted) as e:
             error = e
+    if world_size() == 1:
+        if error is not None:
+            raise error
+        return result
     # The status goes first, over a group of its own: a barrier with the usual timeout would kill the waiting ranks.
-    status = [None if error is None else (isinstance(error, UserError), str(error) or type(error).__name__)]
-    dist.broadcast_object_list(status, src=0, group=_patient_group)
-    if error is not None:
-        raise error
-    if status[0] is not None:
-        is_users, message = status[0]
-        raise (UserError if is_users else RuntimeError)(f"rank 0 failed: {message}")
+    failure = [_Failure.of(error)]
+    dist.broadcast_object_list(failure, src=0, group=_patient_group)
+    if failure[0] is not None:
+        _raise_on_every_rank(error, failure)
     return result
+
+
+class _Failure(NamedTuple):
+    """What the other ranks are told of an error."""
+
+    is_users: bool
+    signal: int
+    message: str
+
+    @classmethod
+    def of(cls, error: BaseException | None) -> "_Failure | None":
+        if error is None:
+            return None
+        number = error.signal if isinstance(error, Preempted) else 0
+        return cls(isinstance(error, UserError), number, str(error) or type(error).__name__)
+
+
+def _raise_on_every_rank(own: BaseException | None, failures: Sequence[_Failure | None]) -> NoReturn:
+    """Raise this rank's own error or else the first of the others'; a preemption only where there is no error."""
+    told = [(number, failure) for number, failure in enumerate(failures) if failure is not None]
+    errors = [(number, failure) for number, failure in told if not failure.signal]
+    if not errors:
+        raise own or Preempted(told[0][1].signal)
+    if isinstance(own, UserError):
+        raise known_everywhere(own)
+    if isinstance(own, Exception):
+        raise own
+    number, failure = errors[0]
+    message = f"rank {number} failed: {failure.message}"
+    raise known_everywhere(UserError(message)) if failure.is_users else RankFailed(message)
 
 
 def broadcast_from_main(value: Tensor | None, device: torch.device | str = "cpu") -> Tensor:

@@ -1,8 +1,11 @@
 """Embed a whole set of pictures: each rank its share, once, without padding."""
 
+import math
+
 import torch
 from torch import Tensor
 
+from uhml import distributed
 from uhml.config import Config
 from uhml.data.loading import share_loader
 from uhml.data.pictures import Pictures
@@ -27,12 +30,22 @@ def embed_share(
     Returns:
         ``[len(share(n)), d]``, on the model's device; :func:`uhml.distributed.all_gather_shares` puts the shares
         together.
+
+    Raises:
+        Preempted: the run was asked to end, before one of the batches.
+        UserError: a picture cannot be read any more.
     """
     model.eval()
     embed = model.features if features else model
     transform = plain_transform(config.data, model.backbone.mean, model.backbone.std)
-    loader = share_loader(pictures, transform, config.eval.batch_size, config.data.num_workers)
-    rows = [embed(images.to(model.device, non_blocking=True)) for images in progress(loader, description, unit="batch")]
+    batches = iter(share_loader(pictures, transform, config.eval.batch_size, config.data.num_workers))
+    rows = []
+    # As many rounds on every rank, though some may have a batch less: in each they agree that all is well.
+    num_rounds = math.ceil(len(pictures) / (distributed.world_size() * config.eval.batch_size))
+    for _ in progress(range(num_rounds), description, unit="batch"):
+        images = distributed.on_every_rank(lambda: next(batches, None))
+        if images is not None:
+            rows.append(embed(images.to(model.device, non_blocking=True)))
     if rows:
         return torch.cat(rows)
     # A rank without a picture of its own still brings zero rows of the right width to the gather.

@@ -3,12 +3,29 @@
 import difflib
 from collections.abc import Iterable
 
+KNOWN_EVERYWHERE = "Every rank was told of this error."
+
 
 class UserError(Exception):
     """Something the user can put right. The message is one clear sentence: what is wrong, and what to do.
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class RankFailed(RuntimeError):
+    """Another rank failed, and this one cannot go on without it. What went wrong is in the other rank's log."""
+
+
+def known_everywhere(error: UserError) -> UserError:
+    """Mark an error that every rank raises, so that it is enough if rank 0 tells the user."""
+    error.add_note(KNOWN_EVERYWHERE)
+    return error
+
+
+def is_known_everywhere(error: BaseException) -> bool:
+    """Return whether rank 0 raises this error too."""
+    return isinstance(error, RankFailed) or KNOWN_EVERYWHERE in getattr(error, "__notes__", ())
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

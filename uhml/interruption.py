@@ -55,8 +55,12 @@ def handled() -> Iterator[None]:
 
     May be nested. Python allows it in the main thread only.
     """
-    before = {number: signal.signal(number, _remember) for number in SIGNALS}
-    nested = before[signal.SIGINT] is _remember
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    # What is ignored stays so: a shell without job control lets its background jobs ignore Ctrl-C.
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    nested = _remember in before.values()
+    for number in before:
+        signal.signal(number, _remember)
     try:
         yield
     finally:

@@ -2,13 +2,14 @@
 
 import contextlib
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
+
+from uhml.environment import place
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +25,8 @@ class _AboveProgressBars(logging.Handler):
 def to_terminal() -> Iterator[None]:
     """Show uhml's own messages, and others' warnings, on the terminal of rank 0; of other ranks only errors."""
     handler = _AboveProgressBars()
-    # torchrun's variable, as this comes before there is a process group.
-    handler.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    # From the environment, as this comes before there is a process group.
+    handler.setLevel(logging.INFO if place().rank == 0 else logging.ERROR)
     with _attached(handler, "%(asctime)s %(message)s", "%H:%M:%S"), warnings.catch_warnings():
         # timm 1.0 calls it at import; nothing a user of uhml could do about it.
         warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")

@@ -1,14 +1,16 @@
 """From a picture file to an RGB image, or a clear refusal."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from uhml import distributed
+from uhml.data.workers import Loader
 from uhml.errors import UserError
 from uhml.progress import progress
 
@@ -36,6 +38,9 @@ MAX_PIXELS = 2 * 89_478_485
 
 DRAFT_SIDE = 1024
 """A JPEG with both sides at least twice, four or eight times this is decoded at a half, a quarter or an eighth."""
+
+
+BATCH = 32
 
 
 class UnreadablePicture(UserError):
@@ -78,10 +83,14 @@ def find_unreadable(paths: Sequence[str], num_workers: int) -> list[tuple[int, s
         The refused pictures' places in ``paths`` with the end of the sentence "the picture ...", in order, on every
         rank: ``[(17, "is empty (0 bytes)")]``.
     """
-    loader = DataLoader(
-        _Refusals(paths, distributed.share(len(paths))), batch_size=32, num_workers=num_workers, collate_fn=list
+    loader = Loader(
+        _Refusals(paths, distributed.share(len(paths))), batch_size=BATCH, num_workers=num_workers, collate_fn=list
     )
-    own = [refused for batch in progress(loader, "check pictures", unit="batch") for refused in batch if refused]
+    batches, own = iter(loader), []
+    for _ in progress(
+        range(math.ceil(len(paths) / (distributed.world_size() * BATCH))), "check pictures", unit="batch"
+    ):
+        own += [refused for refused in distributed.on_every_rank(lambda: next(batches, ())) if refused]
     return sorted(refused for ranks_own in distributed.gather_objects(own) for refused in ranks_own)
 
 

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from uhml import distributed
 from uhml.data.decode import load_rgb
 from uhml.data.pictures import Pictures
+from uhml.data.workers import Loader
 
 Transform = Callable[..., Tensor]
 
@@ -30,13 +31,15 @@ class _Share(Dataset[Tensor]):
         return self.transform(load_rgb(self.pictures.paths[self.rows[i]]))
 
 
-def share_loader(pictures: Pictures, transform: Transform, batch_size: int, num_workers: int) -> DataLoader[Tensor]:
+def share_loader(pictures: Pictures, transform: Transform, batch_size: int, num_workers: int) -> Loader[Tensor]:
     """Return a loader of this rank's share of ``pictures``: each once, in order, the last batch as short as it is.
 
     Yields:
         Images ``[b, 3, h, w]``.
     """
-    return DataLoader(_Share(pictures, transform), batch_size, num_workers=num_workers, generator=_own_generator())
+    return Loader(
+        _Share(pictures, transform), batch_size=batch_size, num_workers=num_workers, generator=_own_generator()
+    )
 
 
 class _View:
@@ -92,7 +95,7 @@ def training_batches(
     num_views: int,
     seed: int,
     num_workers: int,
-) -> DataLoader[tuple[Tensor, Tensor]]:
+) -> Loader[tuple[Tensor, Tensor]]:
     """Return a loader of this rank's part of the global batches of ``steps``.
 
     Args:
@@ -107,7 +110,7 @@ def training_batches(
     Yields:
         Images ``[B / world_size, 3, h, w]`` and their pictures' indices ``[B / world_size]``.
     """
-    return DataLoader(
+    return Loader(
         _Views(pictures, transform, seed),
         batch_sampler=_RankBatches(batch_of_step, steps, num_views),
         num_workers=num_workers,

@@ -1,0 +1,69 @@
+"""Worker processes that read pictures: they leave signals to the training process, and their errors are sentences."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from uhml import interruption
+from uhml.errors import UserError
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class _Tolerant(Dataset[Any]):
+    """A data set whose errors of the user's are items, as raising would turn them into a worker's traceback."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self.dataset[index]
+        except UserError as e:
+            return e
+
+
+class _Collate:
+    """Makes a batch of items, or the first error among them."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[Any]) -> Any:
+        return next((item for item in items if isinstance(item, UserError)), None) or self.collate(items)
+
+
+class Loader(DataLoader[T_co]):
+    """A ``DataLoader``, of the same options, for runs that survive.
+
+    Its workers ignore the signals that a terminal or a cluster sends to every process of a run.
+
+    Raises:
+        UserError: while iterating: what a worker raised, or a worker died.
+    """
+
+    def __init__(
+        self, dataset: Dataset[T_co], *, collate_fn: Callable[[list[Any]], Any] = default_collate, **options: Any
+    ) -> None:
+        collate = _Collate(collate_fn)
+        super().__init__(_Tolerant(dataset), collate_fn=collate, worker_init_fn=interruption.leave_to_parent, **options)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        with interruption.workers_starting():
+            batches = super().__iter__()
+        try:
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        except RuntimeError as e:
+            if "DataLoader worker (pid" not in str(e):
+                raise
+            raise UserError(
+                "A process that reads pictures was killed, perhaps for want of memory: lower data.num_workers, and "
+                "start the same command again to go on from the last checkpoint."
+            ) from e
