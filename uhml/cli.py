@@ -1,6 +1,7 @@
-"""The command line: ``uhml train``, ``uhml cluster``."""
+"""The command line: ``uhml train``, ``uhml cluster``, ``uhml launch``, ``uhml status``, ``uhml cancel``."""
 
 import argparse
+import importlib
 import logging
 import sys
 import time
@@ -25,6 +26,13 @@ examples:
 keys of CONFIG, each also as section.key=value on the command line (values are the defaults):
 
 """
+
+# Each a module of the package launch, which imports submitit.
+LAUNCHING = {
+    "launch": "submit a run, or a sweep of runs, to a SLURM cluster",
+    "status": "say how runs stand: waiting, running, finished, failed",
+    "cancel": "end a run, which saves first",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,6 +96,12 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
         command.add_arguments(clustering)
         clustering.set_defaults(run=command.run)
+    for name, what in LAUNCHING.items():
+        command_parser = commands.add_parser(name, help=what)
+        if name in arguments[:1]:
+            module = importlib.import_module(f"launch.{name}")
+            module.add_arguments(command_parser)
+            command_parser.set_defaults(run=module.run)
     return parser
 
 

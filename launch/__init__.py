@@ -1,0 +1,1 @@
+"""Runs on a cluster: submitted to SLURM by submitit, watched, requeued and cancelled. The trainer knows none of it."""

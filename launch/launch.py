@@ -1,0 +1,180 @@
+"""``uhml launch``: submit a run, or a sweep of runs."""
+
+import argparse
+import logging
+import math
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from launch import submit
+from launch.overview import look
+from launch.record import FOLDER, SweepRecord, write_record
+from launch.submit import Resources
+from launch.sweep import combinations, folder_name
+from uhml.config import load_config
+from uhml.errors import UserError
+
+logger = logging.getLogger("uhml.launch")
+
+EXAMPLES = """\
+examples:
+  uhml launch configs/sop.yaml data.root=/data/sop --nodes 2 --gpus-per-node 8 --partition gpu --time 24:00:00
+  uhml launch configs/sop.yaml data.root=/data/sop --gpus-per-node 4 --sbatch account=vision --sbatch qos=high
+  uhml launch configs/quickstart.yaml --gpus-per-node 1 --sweep train.seed=0,1,2 --sweep loss.omega=0.8,0.9
+  uhml launch configs/quickstart.yaml --cluster local --tasks-per-node 2
+  uhml status runs/RUN
+  uhml cancel runs/RUN
+
+A job that is preempted or reaches its time limit saves, is requeued, and goes on where it stopped, until the run is
+finished. The run keeps to the code and the config of the moment of its launch.
+"""
+
+# What has an option of its own, by sbatch's names.
+OWN = ("nodes", "gpus-per-node", "ntasks-per-node", "cpus-per-task", "mem", "time", "partition", "signal")
+LOCAL_MINUTES = 60 * 24 * 365
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``uhml launch``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, as for uhml train")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="overrides of single keys")
+    parser.add_argument("--run-dir", type=Path, help="folder of the run, on a file system that all nodes share")
+    parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="default: %(default)s")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be submitted, and change nothing")
+    parser.add_argument(
+        "--sweep", action="append", default=[], metavar="KEY=V,V", help="a run for each value; again for combinations"
+    )
+    needs = parser.add_argument_group("what the run needs")
+    needs.add_argument("--nodes", type=_count, default=1, metavar="N", help="default: %(default)s")
+    needs.add_argument("--gpus-per-node", type=_count, metavar="N", help="one process each (default: no GPU)")
+    needs.add_argument("--tasks-per-node", type=_count, metavar="N", help="processes on a node without GPUs")
+    needs.add_argument("--cpus-per-task", type=_count, metavar="N", help="CPU cores of a process")
+    needs.add_argument("--mem", metavar="SIZE", help="memory of a node, as in 64G")
+    needs.add_argument("--partition", metavar="NAME", help="SLURM's partition (default: the cluster's)")
+    needs.add_argument("--time", type=_minutes, metavar="D-HH:MM:SS", help="of one slot (default: 24:00:00)")
+    needs.add_argument(
+        "--signal-delay",
+        type=_count,
+        metavar="SECONDS",
+        help="how long before the end of a slot the run is told to save (default: 300)",
+    )
+    needs.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION[=VALUE]", help="any other option of sbatch"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check everything, submit, and say how to go on.
+
+    Raises:
+        UserError: an option, the config or the folder is not usable, or SLURM refuses.
+    """
+    resources = _resources(args)
+    sweep = combinations(args.sweep)
+    run_dir = (args.run_dir or Path("runs") / f"{Path(args.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    if args.sweep:
+        names = [folder_name(values) for values in sweep]
+        typed = {override.partition("=")[0] for override in args.overrides}
+        if twice := typed.intersection(sweep[0]):
+            raise UserError(f"{twice.pop()} is given a value, and swept: leave out one of them.")
+    else:
+        names = ["."]
+    runs = {
+        run_dir / name: load_config(args.config, args.overrides + [f"{key}={value}" for key, value in values.items()])
+        for name, values in zip(names, sweep, strict=True)
+    }
+    for own_dir in runs:
+        _refuse_if_taken(own_dir)
+
+    if args.dry_run:
+        _show(args, resources, run_dir, list(runs))
+        return
+    records = submit.submit(resources, run_dir, runs)
+    if args.sweep:
+        write_record(run_dir, SweepRecord(runs=names, values=sweep))
+    what = "process" if resources.cluster == "local" else "job"
+    of = f" of {len(runs)} runs" if args.sweep else ""
+    logger.info("Submitted %s %s%s in %s.", what, records[0].job_id.split("_")[0], of, run_dir)
+    logger.info("uhml status %s says how it goes, uhml cancel ends it.", shlex.quote(str(args.run_dir or run_dir)))
+
+
+def _resources(args: argparse.Namespace) -> Resources:
+    if args.gpus_per_node and args.tasks_per_node:
+        raise UserError("A run has one process for each GPU: --tasks-per-node is for nodes without GPUs.")
+    if args.cluster == "local":
+        for option in ("nodes", "partition", "time", "signal_delay", "mem", "cpus_per_task", "sbatch", "sweep"):
+            if getattr(args, option) not in (None, [], 1):
+                raise UserError(f"--{option.replace('_', '-')} is for SLURM, not for --cluster local.")
+    sbatch: dict[str, str | bool] = {}
+    for option in args.sbatch:
+        name, given, value = option.lstrip("-").partition("=")
+        if name in OWN:
+            raise UserError(f"--sbatch {option}: use the option of uhml launch for {name}.")
+        sbatch[name] = value if given else True
+    minutes = args.time or (LOCAL_MINUTES if args.cluster == "local" else 24 * 60)
+    signal_delay = args.signal_delay or 300
+    if args.cluster == "slurm" and signal_delay >= 60 * minutes:
+        raise UserError(
+            f"A slot of {minutes} min leaves no time to train when the run must save {signal_delay} s before its end: "
+            "raise --time or lower --signal-delay."
+        )
+    return Resources(
+        cluster=args.cluster,
+        nodes=args.nodes,
+        gpus_per_node=args.gpus_per_node or 0,
+        tasks_per_node=args.gpus_per_node or args.tasks_per_node or 1,
+        cpus_per_task=args.cpus_per_task,
+        mem=args.mem,
+        minutes=minutes,
+        signal_delay=signal_delay,
+        partition=args.partition,
+        sbatch=sbatch,
+    )
+
+
+def _refuse_if_taken(run_dir: Path) -> None:
+    if not run_dir.is_dir() or not any(run_dir.iterdir()):
+        return
+    view = look(run_dir)
+    if view is None:
+        raise UserError(f"{run_dir} holds no run, but other files: name another folder by --run-dir.")
+    if view.state == "finished":
+        raise UserError(f"The run in {run_dir} is finished: name another folder by --run-dir.")
+    if view.is_under_way:
+        raise UserError(f"The run in {run_dir} is {view.state} already: uhml cancel ends it, or name another folder.")
+
+
+def _show(args: argparse.Namespace, resources: Resources, run_dir: Path, runs: list[Path]) -> None:
+    """Print what would be done."""
+    if resources.cluster == "slurm":
+        print(f"Would submit by sbatch:\n\n{submit.script(resources, run_dir, len(runs))}")
+    else:
+        print(f"Would start {resources.num_ranks} processes here.")
+    for own_dir in runs:
+        command = ["uhml", "train", str(own_dir / FOLDER / "config.yaml"), "--run-dir", str(own_dir)]
+        print(f"Each of {resources.num_ranks} ranks: {shlex.join(command)}")
+    sys.stdout.flush()
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise ValueError
+    return count
+
+
+def _minutes(text: str) -> int:
+    """Understand a time as SLURM does: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
+    days, dash, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (60, 1, 1 / 60) if dash or len(parts) == 3 else (1, 1 / 60)
+    if len(parts) > len(units) or min(parts) < 0:
+        raise ValueError
+    total = math.ceil(int(days or 0) * 24 * 60 + sum(part * unit for part, unit in zip(parts, units, strict=False)))
+    if total < 1:
+        raise ValueError
+    return total

@@ -1,0 +1,185 @@
+"""How runs stand: what SLURM says of their jobs, and what they say of themselves in ``status.json``."""
+
+import dataclasses
+import datetime
+import json
+import os
+import socket
+import subprocess
+from pathlib import Path
+from typing import Literal
+
+from launch import slurm
+from launch.record import JobRecord, read_record
+from uhml.status import RunStatus, read_status
+
+State = Literal["queued", "starting", "running", "requeued", "preempted", "cancelled", "finished", "failed", "lost"]
+UNDER_WAY = ("queued", "starting", "running", "requeued")
+
+# A run tells its step every second or so while it trains, and nothing while it clusters.
+SECONDS_OF_SILENCE = {"train": 15 * 60, "embed": 6 * 3600, "cluster": 24 * 3600, "evaluate": 6 * 3600}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class View:
+    """A run, as its user wants to know it."""
+
+    run: str
+    state: State
+    """queued: waits for its first start. requeued: waits to go on. preempted: saved, but nothing will start it again.
+    lost: said nothing of an end, and is gone."""
+    note: str = ""
+    """Why it waits, or what went wrong."""
+    phase: str | None = None
+    step: int | None = None
+    num_steps: int | None = None
+    seconds_left: float | None = None
+    """Of training steps; clustering and scoring come on top."""
+    restarts: int = 0
+    cluster: str | None = None
+    job_id: str | None = None
+    updated_at: str | None = None
+    """When the run last said something."""
+    recall: dict[str, float] | None = None
+    """Of a finished run: Recall@K for the least K, ``frozen``, ``untrained`` and ``trained``; None without labels."""
+    recall_at: int | None = None
+    """That K."""
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether something runs or waits that will go on with the run."""
+        return self.state in UNDER_WAY
+
+
+def look(run_dir: Path) -> View | None:
+    """Return how the run in a folder stands, or None where there is none.
+
+    Raises:
+        UserError: SLURM does not answer.
+    """
+    record, status = read_record(run_dir, JobRecord), read_status(run_dir)
+    if record is None and status is None:
+        return None
+    view = View(run=str(run_dir), state="lost", cluster=None, job_id=None)
+    if record is not None:
+        view = dataclasses.replace(view, cluster=record.cluster, job_id=record.job_id)
+    if status is not None:
+        view = _with_status(view, run_dir, status)
+    state, note = _state(record, status)
+    return dataclasses.replace(view, state=state, note=note)
+
+
+def _with_status(view: View, run_dir: Path, status: RunStatus) -> View:
+    left = None
+    if status.state == "running" and status.seconds_per_step is not None:
+        left = (status.num_steps - status.step) * status.seconds_per_step
+    recall, recall_at = _recall(run_dir) if status.state == "finished" else (None, None)
+    return dataclasses.replace(
+        view,
+        phase=status.phase,
+        step=status.step,
+        num_steps=status.num_steps,
+        seconds_left=left,
+        restarts=status.restarts,
+        updated_at=status.updated_at,
+        recall=recall,
+        recall_at=recall_at,
+    )
+
+
+def _state(record: JobRecord | None, status: RunStatus | None) -> tuple[State, str]:
+    if status is not None and status.state == "finished":
+        return "finished", ""
+    if record is not None and record.cluster == "slurm":
+        return _state_in_slurm(record, status, slurm.ask(record.job_id))
+    if record is not None and record.host == socket.gethostname():
+        return _state_here(status, is_controller(int(record.job_id)), started="queued")
+    if status is None:
+        return "lost", "it was launched elsewhere and has said nothing"
+    if status.host == socket.gethostname():
+        return _state_here(status, _is_alive(status.pid), started="starting")
+    if status.state in ("starting", "running") and (silence := _silence(status)):
+        return "lost", silence
+    return status.state, status.error or (f"on {status.host}" if status.state == "running" else "")
+
+
+def _state_in_slurm(record: JobRecord, status: RunStatus | None, job: slurm.Job) -> tuple[State, str]:
+    if job.waits:
+        # Between two slots the run has said "preempted", or, when its node died, nothing.
+        return ("queued" if status is None else "requeued"), job.reason
+    told = None if status is None else status.state
+    if job.is_active:
+        if status is None or told in ("preempted", "starting"):
+            return "starting", ""
+        return ("failed", status.error or "") if told == "failed" else ("running", _silence(status))
+    if told == "failed":
+        assert status is not None
+        return "failed", status.error or ""
+    if job.state == "CANCELLED":
+        return "cancelled", ""
+    if told == "preempted":
+        return "preempted", f"SLURM says {job.state}; launch it again to go on"
+    return "failed", f"SLURM says {job.state}; see {record.jobs}"
+
+
+def _state_here(status: RunStatus | None, alive: bool, started: State) -> tuple[State, str]:
+    """A run of processes on this machine."""
+    if status is None:
+        return (started, "") if alive else ("lost", "its processes ended before the run began")
+    if status.state in ("preempted", "failed"):
+        if alive and status.state == "preempted":
+            return "requeued", ""
+        return status.state, status.error or ""
+    if not alive:
+        return "lost", "its processes are gone"
+    return status.state, _silence(status)
+
+
+def _silence(status: RunStatus) -> str:
+    """Say so when a run has said nothing for longer than it should."""
+    now = datetime.datetime.now(datetime.UTC)
+    silent = (now - datetime.datetime.fromisoformat(status.updated_at)).total_seconds()
+    if silent < SECONDS_OF_SILENCE[status.phase]:
+        return ""
+    return f"not heard of for {readable(silent)}"
+
+
+def _recall(run_dir: Path) -> tuple[dict[str, float] | None, int | None]:
+    result = json.loads((run_dir / "result.json").read_text())
+    rows = {"frozen": result["frozen"], "untrained": result["start"], "trained": result["trained"]}
+    if not all(rows.values()):
+        return None, None
+    least = min(int(k) for k in result["trained"]["recall_at_k"])
+    return {name: row["recall_at_k"][str(least)] for name, row in rows.items()}, least
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def is_controller(pid: int) -> bool:
+    """Whether the process that looks after the ranks of a local job is there; its number may be another's by now."""
+    command = subprocess.run(["ps", "-p", str(pid), "-o", "command="], capture_output=True, text=True, check=False)
+    return "submitit.local._local" in command.stdout
+
+
+def readable(seconds: float) -> str:
+    """Return a duration for people: "3 d 4 h", "2 h 5 min", "40 s"."""
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    for i, (unit, size) in enumerate(units):
+        if seconds >= size or unit == "s":
+            many, rest = divmod(round(seconds), size)
+            smaller = units[i + 1 : i + 2]
+            finer = (
+                f" {rest // smaller[0][1]} {smaller[0][0]}"
+                if smaller and unit != "min" and rest // smaller[0][1]
+                else ""
+            )
+            return f"{many} {unit}{finer}"
+    raise AssertionError

@@ -1,0 +1,67 @@
+"""What a launch leaves in the run's folder, under ``launch/``.
+
+    launch/job.json     which job the run is, on what
+    launch/config.yaml  the config, resolved
+    launch/snapshot/    the code
+    launch/jobs/        submitit's files, and what the ranks printed
+
+The runs of a sweep share snapshot and jobs, in the sweep's folder, where ``launch/sweep.json`` lists them.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+FOLDER = "launch"
+
+T = TypeVar("T", "JobRecord", "SweepRecord")
+
+Cluster = Literal["slurm", "local"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobRecord:
+    """The last job of a run."""
+
+    cluster: Cluster
+    job_id: str
+    """SLURM's number, with ``_i`` in an array; the process that looks after the ranks, on cluster "local"."""
+    host: str
+    """From where it was launched; where it runs, on cluster "local"."""
+    submitted_at: str
+    """UTC, ISO 8601."""
+    num_ranks: int
+    jobs: str
+    """Folder of submitit's files and the ranks' output."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepRecord:
+    """The runs of a sweep."""
+
+    runs: list[str]
+    """Names of their folders, in order."""
+    values: list[dict[str, str]]
+    """The values of the swept keys in each, as they were typed."""
+
+
+def write_record(run_dir: Path, record: JobRecord | SweepRecord) -> None:
+    """Write ``record`` into the folder of its run or sweep; who reads meanwhile reads the one before."""
+    path = _path(run_dir, type(record))
+    aside = path.with_name(f"{path.name}.partial")
+    aside.write_text(json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+    aside.replace(path)
+
+
+def read_record(run_dir: Path, kind: type[T]) -> T | None:
+    """Return the record of a run or sweep, or None where there is none."""
+    try:
+        plain: dict[str, Any] = json.loads(_path(run_dir, kind).read_text())
+    except FileNotFoundError:
+        return None
+    return kind(**plain)
+
+
+def _path(run_dir: Path, kind: type) -> Path:
+    return run_dir / FOLDER / ("sweep.json" if kind is SweepRecord else "job.json")

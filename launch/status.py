@@ -1,0 +1,118 @@
+"""``uhml status``: how runs stand, as a table or as JSON; of a sweep, with its results side by side."""
+
+import argparse
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.overview import View, look, readable
+from launch.record import SweepRecord, read_record
+from uhml.errors import UserError, did_you_mean
+
+STYLES = {"finished": "green", "running": "bold", "failed": "red", "lost": "red", "cancelled": "yellow"}
+SEED = "train.seed"
+EMBEDDINGS = ("frozen", "untrained", "trained")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``uhml status``."""
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run or of a sweep")
+    parser.add_argument("--json", action="store_true", help="print a list of objects for scripts")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Show the runs, and the results of sweeps.
+
+    Raises:
+        UserError: a folder holds no run, or SLURM does not answer.
+    """
+    views: list[View] = []
+    sweeps: list[tuple[Path, SweepRecord, list[View]]] = []
+    for folder in args.runs:
+        sweep = read_record(folder, SweepRecord)
+        found = [existing_run(own) for own in members(folder)]
+        views += found
+        if sweep is not None:
+            sweeps.append((folder, sweep, found))
+    if args.json:
+        print(json.dumps([dataclasses.asdict(view) for view in views], indent=2))
+        return
+    # A pipe has no width of its own.
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(_table(views))
+    for folder, sweep, found in sweeps:
+        if any(view.recall for view in found):
+            console.print(_results(folder, sweep, found))
+
+
+def members(folder: Path) -> list[Path]:
+    """Return the folders of the runs of a sweep, or the folder itself where it is no sweep."""
+    sweep = read_record(folder, SweepRecord)
+    return [folder] if sweep is None else [folder / name for name in sweep.runs]
+
+
+def existing_run(folder: Path) -> View:
+    """Return how the run in a folder stands.
+
+    Raises:
+        UserError: there is none, or SLURM does not answer.
+    """
+    view = look(folder)
+    if view is not None:
+        return view
+    if folder.is_dir():
+        raise UserError(f"{folder} holds no run.")
+    siblings = [path.name for path in folder.absolute().parent.glob("*") if path.is_dir()]
+    raise UserError(f"There is no run {folder}.{did_you_mean(folder.name, siblings)}")
+
+
+def _table(views: Sequence[View]) -> Table:
+    table = Table()
+    for heading in ("run", "state", "step", "left", "restarts", "job", "note"):
+        table.add_column(heading, justify="right" if heading in ("step", "left", "restarts") else "left")
+    for view in views:
+        doing = f"{view.state}, {view.phase}" if view.state == "running" and view.phase != "train" else view.state
+        table.add_row(
+            Path(view.run).name or view.run,
+            f"[{STYLES.get(view.state, 'default')}]{doing}[/]",
+            "" if view.step is None else f"{view.step:,} / {view.num_steps:,}",
+            "" if view.seconds_left is None else readable(view.seconds_left),
+            str(view.restarts),
+            view.job_id or "",
+            view.note,
+        )
+    return table
+
+
+def _results(folder: Path, sweep: SweepRecord, views: Sequence[View]) -> Table:
+    """Return the scores of the finished runs; where several seeds have finished, also their mean and spread."""
+    keys = list(sweep.values[0])
+    k = next(view.recall_at for view in views if view.recall)
+    table = Table(title=f"{folder.name}: R@{k} of unseen classes, per cent", caption="± is the standard deviation")
+    for key in keys:
+        table.add_column(key)
+    for name in EMBEDDINGS:
+        table.add_column(name, justify="right", style="bold" if name == "trained" else None)
+    groups: dict[tuple[str, ...], list[dict[str, float]]] = {}
+    for values, view in zip(sweep.values, views, strict=True):
+        row = [100 * view.recall[name] for name in EMBEDDINGS] if view.recall else None
+        table.add_row(*values.values(), *([f"{score:.1f}" for score in row] if row else [view.state, "", ""]))
+        if view.recall:
+            groups.setdefault(tuple(value for key, value in values.items() if key != SEED), []).append(view.recall)
+    if SEED in keys and any(len(group) > 1 for group in groups.values()):
+        table.add_section()
+        for others, group in groups.items():
+            named = iter(others)
+            shown = [f"{len(group)} seeds" if key == SEED else next(named) for key in keys]
+            table.add_row(*shown, *[_mean_and_spread([run[name] for run in group]) for name in EMBEDDINGS])
+    return table
+
+
+def _mean_and_spread(scores: Sequence[float]) -> str:
+    mean = f"{100 * statistics.fmean(scores):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(scores):.1f}" if len(scores) > 1 else mean
