@@ -1,6 +1,12 @@
-"""Checkpoints: one file of tensors and plain values, never half written, never unpickled beyond those."""
+"""Checkpoints: one file of tensors and plain values, never half written, never unpickled beyond those.
 
+The files are torch's, which are zip archives with a checksum (CRC-32) of every record. torch does not look at those
+when it loads; we do.
+"""
+
+import logging
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +15,32 @@ from torch import nn
 
 from uhml.errors import UserError
 
+logger = logging.getLogger(__name__)
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write ``state`` as the checkpoint of ``step``: aside first, forced to the disk, then renamed.
+
+class DamagedFile(Exception):
+    """A file that is not, to the last bit, what was written."""
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write ``state`` as the checkpoint of ``step``; then remove all but the ``keep`` newest up to this one.
 
     Raises:
         UserError: the file cannot be written; what was there before is untouched.
     """
     path = folder / f"step-{step:08d}.pt"
+    write_file(path, state)
+    for older in [p for p in _newest_first(folder) if p.name < path.name][keep - 1 :]:
+        older.unlink()
+    return path
+
+
+def write_file(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain values: aside first, forced to the disk, then renamed.
+
+    Raises:
+        UserError: the file cannot be written; what was there before is untouched.
+    """
     aside = path.with_suffix(".partial")
     try:
         with aside.open("wb") as file:
@@ -24,11 +48,62 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
+        # The new name itself is on the disk only once the folder is.
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except (OSError, RuntimeError) as e:
-        raise UserError(f"The checkpoint {path} cannot be written: {e}") from e
+        # torch tells of a full disk by an error of its own while it handles the system's.
+        reason = e.__context__ if isinstance(e.__context__, OSError) else e
+        raise UserError(
+            f"{path} cannot be written ({reason}). Earlier checkpoints are untouched: make room, and start the same "
+            "command again to go on from the last one."
+        ) from e
     finally:
         aside.unlink(missing_ok=True)
-    return path
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Read, onto the CPU, what :func:`write_file` wrote. Nothing in the file is executed.
+
+    Raises:
+        DamagedFile: the file is not as it was written, or holds anything but tensors and plain values.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise DamagedFile(f"{path}: the checksum of {damaged} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except DamagedFile:
+        raise
+    except Exception as e:  # what a damaged file raises depends on where it is damaged
+        raise DamagedFile(f"{path}: {' '.join(str(e).split())[:200]}") from e
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that is whole; None where there is no checkpoint at all.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    paths = _newest_first(folder)
+    for path in paths:
+        try:
+            read_file(path)
+        except DamagedFile as e:
+            logger.warning("Going back to the checkpoint before %s, which is damaged (%s).", path, e)
+        else:
+            return path
+    if paths:
+        raise UserError(f"All {len(paths)} checkpoints in {folder} are damaged: begin anew with --overwrite.")
+    return None
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*.pt"), reverse=True)
 
 
 def load_weights(model: nn.Module, source: str) -> None:
@@ -41,17 +116,17 @@ def load_weights(model: nn.Module, source: str) -> None:
     Raises:
         UserError: no checkpoint there, or not of this network.
     """
-    path = Path(source).expanduser()
+    path: Path | None = Path(source).expanduser()
+    assert path is not None
     if path.is_dir():
-        found = sorted((path / "checkpoints").glob("step-*.pt"))
-        if not found:
+        path = newest_checkpoint(path / "checkpoints")
+        if path is None:
             raise UserError(f"model.init_from={source}: the folder holds no checkpoints/step-*.pt.")
-        path = found[-1]
     if not path.is_file():
         raise UserError(f"model.init_from={source}: no such checkpoint.")
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)["model"]
-    except Exception as e:  # what a damaged file raises depends on where it is damaged
+        weights = read_file(path)["model"]
+    except (DamagedFile, KeyError, TypeError) as e:
         raise UserError(f"model.init_from={path} is damaged or no checkpoint of uhml.") from e
     try:
         model.load_state_dict(weights)

@@ -87,8 +87,19 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     train.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
     train.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="overrides of single keys")
-    train.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/CONFIG-DATE-TIME)")
-    train.add_argument("--overwrite", action="store_true", help="replace the run that is in --run-dir")
+    train.add_argument(
+        "--run-dir",
+        type=Path,
+        help="folder of the run; an unfinished run there goes on (default: runs/CONFIG-DATE-TIME)",
+    )
+    train.add_argument("--overwrite", action="store_true", help="begin anew, in the place of the run in --run-dir")
+    train.add_argument(
+        "--allow-change",
+        metavar="KEY[,KEY]",
+        type=lambda keys: keys.split(","),
+        default=[],
+        help="keys of CONFIG that may differ from those that the unfinished run in --run-dir was started with",
+    )
     train.set_defaults(run=_train)
     clustering = commands.add_parser("cluster", help="cluster a file of embeddings by average linkage")
     if "cluster" in arguments[:1]:
@@ -112,7 +123,7 @@ def _train(args: argparse.Namespace) -> None:
     with interruption.handled():
         from uhml.train import train
 
-        train(config, run_dir, args.overwrite)
+        train(config, run_dir, args.overwrite, args.allow_change)
 
 
 if __name__ == "__main__":

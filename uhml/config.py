@@ -204,10 +204,13 @@ class TrainConfig:
     """Where to compute; auto takes GPUs where there are any."""
 
     log_every: Count = 10
-    """Steps between two lines in metrics.jsonl and TensorBoard."""
+    """Steps between two lines in metrics.jsonl and TensorBoard; the first and the last step always have one."""
 
     checkpoint_every: Count = 500
-    """Steps between two checkpoints; the last step is always saved."""
+    """Steps between two checkpoints. There is one before each re-clustering, too, and after the last step."""
+
+    keep_checkpoints: Count = 3
+    """How many of the newest checkpoints are kept."""
 
 
 @_section
@@ -219,6 +222,20 @@ class EvalConfig:
 
     batch_size: Count = 128
     """Pictures that a rank embeds at once, for clustering and evaluation."""
+
+
+FREE_TO_CHANGE = frozenset(
+    {
+        "data.root",
+        "data.num_workers",
+        "train.device",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+    }
+)
+"""Keys that a run may go on with at another value, unasked: none changes what is learned, but for rounding on another
+device. That other pictures lie under another ``data.root`` is noticed by their names."""
 
 
 @_section
@@ -289,6 +306,42 @@ def dump_config(config: Config) -> str:
     """Return the resolved config as YAML that :func:`load_config` reads back to the same config."""
     plain = TypeAdapter(Config).dump_python(config, mode="json")
     return OmegaConf.to_yaml(OmegaConf.create(plain))
+
+
+def parse_dump(text: str) -> Config:
+    """Return the config that :func:`dump_config` wrote."""
+    plain = OmegaConf.to_container(OmegaConf.create(text))
+    assert isinstance(plain, dict)
+    return parse_config(plain, "a run's config")
+
+
+def refuse_changes(before: Config, now: Config, allowed: Sequence[str]) -> None:
+    """Refuse to go on with a run by another config, but for ``FREE_TO_CHANGE`` and what the user allows.
+
+    Args:
+        before: what the run was started with.
+        now: what it is to go on with.
+        allowed: keys, ``["train.num_steps"]``.
+
+    Raises:
+        UserError: naming every change, or a key that there is none of.
+    """
+    keys = [f"{section}.{f.name}" for section, cls in _sections().items() for f in dataclasses.fields(cls)]
+    for key in allowed:
+        if key not in keys:
+            raise UserError(f"--allow-change {key}: there is no such key.{did_you_mean(key, keys)}")
+    changes = []
+    for key in keys:
+        section, _, name = key.partition(".")
+        old, new = (getattr(getattr(config, section), name) for config in (before, now))
+        if old != new and key not in FREE_TO_CHANGE and key not in allowed:
+            changes.append((key, f"{key}: {old} -> {new}"))
+    if changes:
+        raise UserError(
+            f"The run was started with another config ({'; '.join(said for _, said in changes)}): start it with that, "
+            f"or add --allow-change {','.join(key for key, _ in changes)} to go on with the new one, or --overwrite to "
+            "begin anew."
+        )
 
 
 def describe_keys() -> str:

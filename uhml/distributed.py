@@ -248,10 +248,14 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
-def on_every_rank(work: Callable[[], T]) -> T:
+def on_every_rank(work: Callable[[], T], *, interruptible: bool = True) -> T:
     """Run ``work``, which is no collective itself, on every rank. An error on any rank is raised on every rank.
 
     A signal that asks the run to end counts as an error on the rank that got it, so here is where all ranks agree to.
+
+    Args:
+        work: no collective, unless it is one on all ranks and cannot be interrupted.
+        interruptible: whether a signal that asks the run to end may end ``work`` half-way.
 
     Raises:
         Preempted: on every rank, if some rank was asked to end and ``work`` failed on none.
@@ -260,7 +264,7 @@ def on_every_rank(work: Callable[[], T]) -> T:
     """
     result, error = None, None
     try:
-        with interruption.at_once():
+        with interruption.at_once() if interruptible else contextlib.nullcontext():
             result = work()
     except (Exception, Preempted) as e:
         error = e

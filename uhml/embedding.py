@@ -1,5 +1,6 @@
 """Embed a whole set of pictures: each rank its share, once, without padding."""
 
+import contextlib
 import math
 
 import torch
@@ -10,8 +11,11 @@ from uhml.config import Config
 from uhml.data.loading import share_loader
 from uhml.data.pictures import Pictures
 from uhml.data.transforms import plain_transform
+from uhml.data.workers import next_together
 from uhml.model import Embedder
 from uhml.progress import progress
+
+NO_MORE = torch.empty(0)
 
 
 @torch.inference_mode()
@@ -38,14 +42,15 @@ def embed_share(
     model.eval()
     embed = model.features if features else model
     transform = plain_transform(config.data, model.backbone.mean, model.backbone.std)
-    batches = iter(share_loader(pictures, transform, config.eval.batch_size, config.data.num_workers))
+    loader = share_loader(pictures, transform, config.eval.batch_size, config.data.num_workers)
     rows = []
     # As many rounds on every rank, though some may have a batch less: in each they agree that all is well.
     num_rounds = math.ceil(len(pictures) / (distributed.world_size() * config.eval.batch_size))
-    for _ in progress(range(num_rounds), description, unit="batch"):
-        images = distributed.on_every_rank(lambda: next(batches, None))
-        if images is not None:
-            rows.append(embed(images.to(model.device, non_blocking=True)))
+    with contextlib.closing(iter(loader)) as batches:
+        for _ in progress(range(num_rounds), description, unit="batch"):
+            images = next_together(batches, NO_MORE)
+            if images is not NO_MORE:
+                rows.append(embed(images.to(model.device, non_blocking=True)))
     if rows:
         return torch.cat(rows)
     # A rank without a picture of its own still brings zero rows of the right width to the gather.

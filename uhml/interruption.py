@@ -27,12 +27,17 @@ SECONDS_TO_SECOND_CTRL_C = 2.0
 class Preempted(BaseException):
     """The run ended because a signal asked it to; started again, it goes on.
 
+    Args:
+        number: of the signal.
+        where: the run ended.
+
     Attributes:
         signal: the number of the signal.
     """
 
-    def __init__(self, number: int, message: str = "") -> None:
-        super().__init__(message or f"stopped by {signal.Signals(number).name}")
+    def __init__(self, number: int, where: str = "before the first step") -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"Stopped by {name} {where}: start the same command again to go on.")
         self.signal = number
 
     @property
@@ -81,6 +86,12 @@ def _remember(number: int, frame: FrameType | None) -> None:
         raise Preempted(_Pending.number)
 
 
+def check() -> None:
+    """Raise :class:`Preempted` if a signal has arrived."""
+    if _Pending.number:
+        raise Preempted(_Pending.number)
+
+
 @contextlib.contextmanager
 def at_once() -> Iterator[None]:
     """Raise :class:`Preempted` as soon as a signal arrives, or at the start if one has; for work that may be dropped.
@@ -90,8 +101,7 @@ def at_once() -> Iterator[None]:
     before = _Pending.raises
     _Pending.raises = True
     try:
-        if _Pending.number:
-            raise Preempted(_Pending.number)
+        check()
         yield
     finally:
         _Pending.raises = before

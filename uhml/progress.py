@@ -22,6 +22,7 @@ def progress(
     description: str,
     *,
     total: int | None = None,
+    done: int = 0,
     unit: str = "it",
     note: Callable[[], str] = str,
 ) -> Iterator[T]:
@@ -31,11 +32,12 @@ def progress(
         iterable: what to go through.
         description: what is being done, in a few words: "embed train pictures".
         total: number of items; by default ``len(iterable)``.
+        done: items of the total that were done before, and do not come again.
         unit: what one item is, in the singular: "batch".
         note: what to say beside it, asked each time: "loss 0.12".
     """
     if total is None:
-        total = len(iterable)  # type: ignore[arg-type]
+        total = done + len(iterable)  # type: ignore[arg-type]
     if not distributed.is_main():
         yield from iterable
     elif sys.stderr.isatty():
@@ -43,6 +45,7 @@ def progress(
             iterable,
             description,
             total,
+            initial=done,
             unit=f" {unit}",
             leave=False,
             delay=SECONDS_BEFORE_FIRST,
@@ -52,16 +55,16 @@ def progress(
             yield item
             bar.set_postfix_str(note(), refresh=False)
     else:
-        yield from _lines(iterable, description, total, note)
+        yield from _lines(iterable, description, done, total, note)
 
 
-def _lines(iterable: Iterable[T], description: str, total: int, note: Callable[[], str]) -> Iterator[T]:
+def _lines(iterable: Iterable[T], description: str, before: int, total: int, note: Callable[[], str]) -> Iterator[T]:
     start = last = time.monotonic()
-    for done, item in enumerate(iterable):
+    for done, item in enumerate(iterable, start=before):
         now = time.monotonic()
         if now - last > SECONDS_BETWEEN_LINES:
             last = now
-            left = (now - start) / max(done, 1) * (total - done)
+            left = (now - start) / max(done - before, 1) * (total - done)
             said = [f"{description}: {done} of {total}", note(), f"{left:.0f} s left"]
             logger.info(", ".join(filter(None, said)))
         yield item

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,40 @@ SHEET_CLUSTERS, SHEET_PICTURES, THUMBNAIL = 10, 12, 64
 
 
 class Reporter:
-    """The files of a run that people look at.
+    """The files of a run that people look at. Closes them as a context manager.
 
     Args:
         run_dir: gets ``metrics.jsonl``, ``tensorboard/`` and ``result.json``.
+        saved: the checkpoint that the run goes on from, if it does; what was recorded later comes again.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, saved: dict[str, Any] | None = None) -> None:
         self.run_dir = run_dir
+        purge_step, metrics_size = (None, 0) if saved is None else (saved["step"] + 1, saved["metrics_size"])
         self.active = distributed.is_main()
         if self.active:
             self.metrics = (run_dir / "metrics.jsonl").open("a", buffering=1)
-            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+            if self.metrics.tell() < metrics_size:
+                logger.warning("%s is shorter than it was: lines are lost.", self.metrics.name)
+            else:
+                self.metrics.truncate(metrics_size)
+            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.active:
+            self.metrics.close()
+            self.tensorboard.close()
+
+    def settle(self) -> int:
+        """Force all that is recorded to the disk and return the bytes of ``metrics.jsonl``."""
+        if not self.active:
+            return 0
+        self.tensorboard.flush()
+        os.fsync(self.metrics.fileno())
+        return self.metrics.tell()
 
     def scalars(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Record numbers at a step; ``kind`` ("train", "hierarchy", ...) groups them."""
@@ -80,7 +103,7 @@ class Reporter:
     def finish(
         self, before: dict[str, Scores] | None, after: dict[str, Scores] | None, num_steps: int, seconds: float
     ) -> dict[str, Any]:
-        """Write ``result.json``, close the files and show the final table. A collective.
+        """Write ``result.json`` and show the final table. A collective.
 
         Args:
             before: scores before the first step, None where there is nothing to score.
@@ -99,10 +122,8 @@ class Reporter:
             "world_size": distributed.world_size(),
             "seconds": round(seconds, 1),
         }
-        distributed.on_main(lambda: _write_json(self.run_dir / "result.json", result))
+        distributed.on_main(lambda: _write_json(self.run_dir / "result.json", result), interruptible=False)
         if self.active:
-            self.metrics.close()
-            self.tensorboard.close()
             if before and after:
                 # A pipe has no width of its own, and a table cut off at 80 columns helps nobody.
                 Console(width=None if Console().is_terminal else 120).print(

@@ -1,63 +1,169 @@
-"""The folder of a run: made once, by rank 0, and never over a run that is there already."""
+"""The folder of a run: made, or entered again to go on, by one launch at a time and never over a run that is done."""
 
 import contextlib
+import errno
+import fcntl
+import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import IO, NamedTuple
 
 from uhml import distributed, logs
-from uhml.config import Config, dump_config
+from uhml.checkpoint import newest_checkpoint
+from uhml.config import Config, dump_config, load_config, refuse_changes
 from uhml.errors import UserError
+from uhml.status import FILE as STATUS
+from uhml.status import RunStatus, StatusReport, read_status, reported
 
-CONTENTS = ("config.yaml", "metrics.jsonl", "result.json", "checkpoints", "hierarchy.npz", "tensorboard", "logs")
+logger = logging.getLogger(__name__)
 
-# Files that a killed run was about to rename.
-UNFINISHED = ("result.json.partial", "hierarchy.npz*.part")
+LOCK = "lock"
+LAUNCH = "launch"
+
+CONTENTS = (
+    "config.yaml",
+    "metrics.jsonl",
+    "result.json",
+    "checkpoints",
+    "hierarchy.npz",
+    "tensorboard",
+    "logs",
+    "nan-step-*.pt",
+    STATUS,
+    LOCK,
+    LAUNCH,
+)
+"""All that a run leaves, but for what a killed one was about to rename."""
+
+UNFINISHED = ("*.partial", "hierarchy.npz*.part")
+
+
+class OpenRun(NamedTuple):
+    """A run's folder, open for this launch.
+
+    Attributes:
+        folder: the folder.
+        checkpoint: what to go on from, the same on every rank; None to begin.
+        status: to be told what is being done.
+    """
+
+    folder: Path
+    checkpoint: Path | None
+    status: StatusReport
 
 
 @contextlib.contextmanager
-def open_run_dir(run_dir: Path, config: Config, overwrite: bool) -> Iterator[None]:
-    """Make the folder of a run with its config, and keep every rank's log in ``logs/rank<r>.log``. A collective.
+def open_run_dir(
+    run_dir: Path, config: Config, overwrite: bool = False, allow_change: Sequence[str] = ()
+) -> Iterator[OpenRun]:
+    """Make the folder of a new run, or find where an unfinished one stopped. A collective.
+
+    Every rank's log goes to ``logs/rank<r>.log``, and rank 0 keeps ``status.json`` while the run is open. A run that
+    ends by the user's mistake before its first checkpoint leaves no folder, if it made one.
 
     Args:
         run_dir: the folder.
         config: written to ``config.yaml``, with everything resolved.
-        overwrite: remove the run that is there, and nothing but what a run leaves.
+        overwrite: begin anew, and remove what an earlier run left.
+        allow_change: keys of the config that may differ from the unfinished run's.
 
     Raises:
-        UserError: the folder holds a run or something else, or cannot be written.
+        UserError: the folder holds a finished run, a run of another config, a run that goes on elsewhere or something
+            else, or cannot be written.
     """
+    with contextlib.ExitStack() as stack:
+        found = distributed.on_main(lambda: _prepare(run_dir, config, overwrite, allow_change, stack))
+        checkpoint, before, is_new = distributed.gather_objects(found)[0] or (None, None, False)
+        if distributed.is_main() and is_new:
+            stack.push(lambda kind, *_: _remove_unbegun(run_dir, kind))
+        stack.enter_context(logs.to_file(run_dir / "logs" / f"rank{distributed.rank()}.log"))
+        status = StatusReport(
+            run_dir,
+            config.train.num_steps,
+            distributed.world_size(),
+            active=distributed.is_main(),
+            before=before,
+        )
+        stack.enter_context(reported(status))
+        stack.enter_context(distributed.lost_ranks_told())
+        yield OpenRun(run_dir, checkpoint, status)
 
-    def make() -> None:
+
+def _prepare(
+    run_dir: Path, config: Config, overwrite: bool, allow_change: Sequence[str], stack: contextlib.ExitStack
+) -> tuple[Path | None, RunStatus | None, bool]:
+    """Return the checkpoint to go on from, the status of the launch before, and whether the folder is a new one."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--run-dir {run_dir} is a file: name a folder, new or of an earlier run.")
+    try:
         present = sorted(p.name for p in run_dir.iterdir()) if run_dir.is_dir() else []
-        strange = [
-            name for name in present if name not in CONTENTS and not any(fnmatch(name, part) for part in UNFINISHED)
-        ]
+        strange = [name for name in present if not any(fnmatch(name, known) for known in CONTENTS + UNFINISHED)]
         if strange:
             raise UserError(f"{run_dir} holds {strange[0]!r}, which no run leaves: name another folder by --run-dir.")
-        if present and not overwrite and not _ended_before_it_began(run_dir):
-            raise UserError(f"{run_dir} holds a run already: name another folder by --run-dir, or add --overwrite.")
-        for name in present:
-            path = run_dir / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        is_new = not run_dir.exists()
+        if set(present) - {LAUNCH} and LOCK not in present and not overwrite:
+            raise UserError(
+                f"{run_dir} holds {present[0]!r} but no run to go on with: name another folder by --run-dir, or add "
+                "--overwrite."
+            )
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _lock(run_dir, stack)
+        if not overwrite and (run_dir / "result.json").exists():
+            raise UserError(f"{run_dir} holds a finished run: name another folder by --run-dir, or add --overwrite.")
+        checkpoint = None if overwrite else newest_checkpoint(run_dir / "checkpoints")
+        if checkpoint is None:
+            # An earlier launch may have ended before there was anything to go on from.
+            _empty(run_dir, keep=(LOCK, LAUNCH, STATUS, "logs"))
+        else:
+            refuse_changes(load_config(run_dir / "config.yaml"), config, allow_change)
+            for part in UNFINISHED:
+                for path in (*run_dir.glob(part), *run_dir.glob(f"checkpoints/{part}")):
+                    path.unlink()
+        before = None if overwrite else read_status(run_dir)
+        if overwrite:
+            _empty(run_dir, keep=(LOCK, LAUNCH))
         for name in ("checkpoints", "logs"):
-            (run_dir / name).mkdir(parents=True)
-        (run_dir / "config.yaml").write_text(dump_config(config))
-
-    def make_or_explain() -> None:
-        try:
-            make()
-        except OSError as e:
-            raise UserError(f"The run's folder {run_dir} cannot be written: {e}") from e
-
-    distributed.on_main(make_or_explain)
-    with logs.to_file(run_dir / "logs" / f"rank{distributed.rank()}.log"):
-        yield
+            (run_dir / name).mkdir(exist_ok=True)
+        aside = run_dir / "config.yaml.partial"
+        aside.write_text(dump_config(config))
+        aside.replace(run_dir / "config.yaml")
+    except OSError as e:
+        raise UserError(f"The run's folder {run_dir} cannot be written: {e}") from e
+    return checkpoint, before, is_new
 
 
-def _ended_before_it_began(run_dir: Path) -> bool:
-    """Whether a run left nothing here worth keeping: a mistyped data.root, mended, needs no other folder."""
-    if any((run_dir / "checkpoints").glob("*")) or not (run_dir / "logs" / "rank0.log").exists():
-        return False
-    return not any((run_dir / name).exists() for name in ("hierarchy.npz", "result.json"))
+def _lock(run_dir: Path, stack: contextlib.ExitStack) -> None:
+    """Keep every other launch out of the folder until this process ends, however it ends.
+
+    A lock of POSIX's, not of BSD's: worker processes would keep that one alive after this process is killed.
+    """
+    file: IO[str] = stack.enter_context((run_dir / LOCK).open("a"))
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            logger.warning("The file system of %s has no locks: nothing keeps a second launch out of it.", run_dir)
+            return
+        if e.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        running = read_status(run_dir)
+        where = f" (host {running.host}, process {running.pid})" if running else ""
+        raise UserError(
+            f"{run_dir} is in use by another launch{where}: wait until it ends, or name another folder by --run-dir."
+        ) from e
+
+
+def _empty(run_dir: Path, keep: Sequence[str]) -> None:
+    for path in run_dir.iterdir():
+        if path.name not in keep:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _remove_unbegun(run_dir: Path, error: type[BaseException] | None) -> None:
+    """Leave no folder behind a mistyped option. What a launcher put there meanwhile stays, with all that tells why."""
+    if error is None or not issubclass(error, UserError):
+        return
+    if not (run_dir / LAUNCH).exists() and not any((run_dir / "checkpoints").iterdir()):
+        shutil.rmtree(run_dir)

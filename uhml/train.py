@@ -1,119 +1,194 @@
 """The training loop, as the article tells it: embed, cluster, cut into levels, learn from the levels, and again."""
 
+import contextlib
+import dataclasses
+import itertools
 import logging
 import math
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from uhml import distributed, poincare
-from uhml.checkpoint import load_weights, save_checkpoint
-from uhml.config import Config, dump_config
+from uhml import distributed, interruption, poincare
+from uhml.checkpoint import load_weights
+from uhml.config import Config
 from uhml.data.loading import training_batches
-from uhml.data.pictures import Pictures
+from uhml.data.pictures import Pictures, Splits
 from uhml.data.transforms import training_transform
-from uhml.data.verify import load_pictures
+from uhml.data.verify import list_pictures, readable_pictures
+from uhml.data.workers import Loader, next_together
 from uhml.embedding import embed_share
-from uhml.errors import UserError
+from uhml.errors import UserError, known_everywhere
 from uhml.evaluate import score_unseen
 from uhml.hierarchy import average_linkage_over_ranks
+from uhml.interruption import Preempted
 from uhml.loss import HierarchicalLogRatioLoss, similarity_levels
 from uhml.mining import ClusterBatches
 from uhml.model import Embedder, FeatureMoments, build_embedder
-from uhml.optim import build_optimizer, build_schedule
+from uhml.not_finite import refuse_step
 from uhml.progress import progress
+from uhml.random_state import random_state, seed_generators
 from uhml.report import Reporter
-from uhml.run_dir import open_run_dir
+from uhml.run_dir import OpenRun, open_run_dir
+from uhml.training_state import TrainingState, read_state
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, run_dir: Path, overwrite: bool = False) -> dict[str, Any]:
-    """Train an embedding and score it on classes it never saw.
+def train(config: Config, run_dir: Path, overwrite: bool = False, allow_change: Sequence[str] = ()) -> dict[str, Any]:
+    """Train an embedding and score it on classes it never saw; or go on with such a run where it stopped.
 
     Args:
         config: the whole run.
-        run_dir: the folder the run leaves its files in.
-        overwrite: replace an earlier run there.
+        run_dir: the folder the run leaves its files in. If it holds an unfinished run, this one goes on with it.
+        overwrite: begin anew, in the place of an earlier run there.
+        allow_change: keys of the config that may differ from the unfinished run's.
 
     Returns:
         What ``result.json`` holds.
 
     Raises:
         UserError: whatever the user can put right.
+        Preempted: on every rank, when a signal asked the run to end and its state is saved.
     """
-    started = time.monotonic()
-    with distributed.process_group(config.train.device) as device, open_run_dir(run_dir, config, overwrite):
-        torch.manual_seed(config.train.seed)
-        splits = load_pictures(config.data)
-        model = build_embedder(config.model, config.data.image_size).to(device).eval()
-        report = Reporter(run_dir)
+    with (
+        interruption.handled(),
+        distributed.process_group(config.train.device) as device,
+        # geoopt's functions are scripts, which torch rewrites once they have run a few times: to other last digits, so
+        # that a process which has just gone on with a run would differ from one that never stopped.
+        torch.jit.optimized_execution(False),
+    ):
+        # Before there is a folder: what is mistyped shall leave none.
+        listed = list_pictures(config.data)
+        check_batch_fits(len(listed.train), config)
+        with open_run_dir(run_dir, config, overwrite, allow_change) as run:
+            splits = readable_pictures(listed, config.data)
+            saved = None if run.checkpoint is None else read_state(run.checkpoint)
+            state = TrainingState(build_model(config, saved is None).to(device).eval(), splits, config)
+            with Reporter(run_dir, saved) as report:
+                try:
+                    if saved is None:
+                        run.status.phase("embed")
+                        start_head(state.model, splits.train, config)
+                    else:
+                        state.load(saved)
+                        logger.info("Going on after step %d of %d.", state.step, config.train.num_steps)
+                    return learn(state, splits, config, run, report)
+                except Preempted as e:
+                    if state.saved is None:
+                        raise
+                    save(state, run, report)
+                    raise Preempted(
+                        e.signal, f"after step {state.step} of {config.train.num_steps}, which is saved"
+                    ) from e
 
-        start_head(model, splits.train, config)
-        before = score_unseen(model, splits, config)
-        report.scores(0, before)
 
-        parallel = distributed.data_parallel(model)
-        optimizer = build_optimizer(model, config.optim)
-        schedule = build_schedule(optimizer, config.optim, config.train.num_steps)
-        # Two views of one picture are one level above the finest cluster.
-        num_levels = len(config.hierarchy.cuts) + (config.mining.num_views > 1)
-        loss_function = HierarchicalLogRatioLoss(config.loss.omega, num_levels)
+def learn(state: TrainingState, splits: Splits, config: Config, run: OpenRun, report: Reporter) -> dict[str, Any]:
+    """Take the steps that are left, and score before the first and after the last. Returns what ``result.json`` holds.
 
-        figures: dict[str, Tensor | float] = {}
-        steps = progress(
-            range(config.train.num_steps),
-            "train",
-            unit="step",
-            note=lambda: f"loss {float(figures['loss']):.4f}" if figures else "",
+    All that takes long comes after a checkpoint of its step, so that an interruption there costs no step.
+    """
+    num_steps, every = config.train.num_steps, config.hierarchy.recluster_every
+    save(state, run, report)
+    if state.before is None and splits.test is not None:
+        run.status.phase("evaluate")
+        state.before = score_unseen(state.model, splits, config)
+        report.scores(0, state.before)
+        state.save(run.folder, report.settle)
+
+    parallel = distributed.data_parallel(state.model)
+    # Two views of one picture are one level above the finest cluster.
+    num_levels = len(config.hierarchy.cuts) + (config.mining.num_views > 1)
+    loss_function = HierarchicalLogRatioLoss(config.loss.omega, num_levels)
+    figures: dict[str, Tensor | float] = {}
+    steps = progress(
+        range(state.step, num_steps),
+        "train",
+        done=state.step,
+        unit="step",
+        note=lambda: f"loss {float(figures['loss']):.4f}" if figures else "",
+    )
+    while state.step < num_steps:
+        if state.step % every == 0 or state.levels is None:
+            save(state, run, report)
+            discover_hierarchy(state, splits.train, config, run, report)
+        run.status.phase("train")
+        until = min((state.step // every + 1) * every, num_steps)
+        with contextlib.closing(iter(cluster_batches(state, splits.train, config, until))) as batches:
+            for _ in itertools.islice(steps, until - state.step):
+                # Here all ranks agree to go on; an error or a signal on any of them ends all.
+                images, pictures = next_together(batches)
+                figures = train_step(parallel, images, pictures, state, loss_function, config, run.folder)
+                if state.step in (1, num_steps) or state.step % config.train.log_every == 0:
+                    report.scalars("train", state.step, {key: float(value) for key, value in figures.items()})
+                if state.step % config.train.checkpoint_every == 0:
+                    save(state, run, report)
+                run.status.step(state.step)
+
+    save(state, run, report)
+    discover_hierarchy(state, splits.train, config, run, report)
+    run.status.phase("evaluate")
+    after = score_unseen(state.model, splits, config)
+    report.scores(num_steps, after)
+    return report.finish(state.before, after, num_steps, state.seconds)
+
+
+def save(state: TrainingState, run: OpenRun, report: Reporter) -> None:
+    """Write a checkpoint of this step, unless there is one. A collective."""
+    if state.saved != state.step:
+        state.save(run.folder, report.settle)
+
+
+def check_batch_fits(num_pictures: int, config: Config) -> None:
+    """Refuse a batch that needs more training pictures than there are.
+
+    Raises:
+        UserError: with the largest batch that would do.
+    """
+    per_cluster, num_views = config.mining.pictures_per_cluster, config.mining.num_views
+    if config.clusters_per_batch * per_cluster <= num_pictures:
+        return
+    sizes = (clusters * per_cluster * num_views for clusters in range(num_pictures // per_cluster, 1, -1))
+    largest = next((size for size in sizes if size % distributed.world_size() == 0), None)
+    cure = f"train.global_batch_size={largest} is the largest that fits" if largest else "there are too few to train on"
+    raise known_everywhere(
+        UserError(
+            f"train.global_batch_size={config.train.global_batch_size} takes {config.clusters_per_batch} clusters x "
+            f"{per_cluster} pictures x {num_views} views, and of {num_pictures} training pictures {cure}."
         )
-        for step in steps:
-            if step % config.hierarchy.recluster_every == 0:
-                levels = discover_hierarchy(model, splits.train, config, run_dir, report, step)
-                batches = iter(cluster_batches(model, splits.train, levels, config, step))
-            images, pictures = next(batches)
-            figures = train_step(
-                parallel, images.to(device), pictures.to(device), levels, loss_function, optimizer, config, step
-            )
-            schedule.step()
-            if (step + 1) % config.train.log_every == 0:
-                report.scalars("train", step + 1, {key: float(value) for key, value in figures.items()})
-            if (step + 1) % config.train.checkpoint_every == 0 or step + 1 == config.train.num_steps:
-                save(run_dir, step + 1, model, optimizer, schedule, levels, config)
+    )
 
-        discover_hierarchy(model, splits.train, config, run_dir, report, config.train.num_steps)
-        after = score_unseen(model, splits, config)
-        report.scores(config.train.num_steps, after)
-        return report.finish(before, after, config.train.num_steps, time.monotonic() - started)
+
+def build_model(config: Config, is_new: bool) -> Embedder:
+    """Make the network. One that gets the weights of a checkpoint needs none before."""
+    options = config.model if is_new else dataclasses.replace(config.model, weights="random")  # type: ignore[type-var]
+    torch.manual_seed(config.train.seed)
+    model = distributed.on_every_rank(lambda: build_embedder(options, config.data.image_size))
+    seed_generators(config.train.seed, distributed.rank())
+    return model
 
 
 def start_head(model: Embedder, pictures: Pictures, config: Config) -> None:
     """Fit the head to the frozen features of the training pictures, or take a trained network's weights."""
     if config.model.init_from is not None:
-        load_weights(model, config.model.init_from)
+        source = config.model.init_from
+        distributed.on_every_rank(lambda: load_weights(model, source))
         return
     own = embed_share(model, pictures, config, "frozen features of train pictures", features=True)
     model.head.start(config.model.head_init, FeatureMoments.over_ranks(own), config.model.start_norm)
 
 
 def discover_hierarchy(
-    model: Embedder,
-    pictures: Pictures,
-    config: Config,
-    run_dir: Path,
-    report: Reporter,
-    step: int,
-) -> Tensor:
-    """Embed all training pictures, cluster them by average linkage, cut the tree into levels.
-
-    Returns:
-        ``[K, n]`` int32, the cluster of each picture on each cut, finest first, the same on every rank.
-    """
+    state: TrainingState, pictures: Pictures, config: Config, run: OpenRun, report: Reporter
+) -> None:
+    """Embed all training pictures, cluster them by average linkage, cut the tree into levels: those of ``state``."""
     options = config.hierarchy
-    own = embed_share(model, pictures, config, "embed train pictures")
+    run.status.phase("embed")
+    own = embed_share(state.model, pictures, config, "embed train pictures")
+    run.status.phase("cluster")
     tree = average_linkage_over_ranks(
         own,
         len(pictures),
@@ -125,25 +200,27 @@ def discover_hierarchy(
 
     def cut() -> Tensor:
         assert tree is not None, "rank 0 has the tree"
-        tree.save(run_dir / "hierarchy.npz")
+        tree.save(run.folder / "hierarchy.npz")
         levels = tree.cut(**{options.cut_by: options.cuts})  # type: ignore[arg-type]
-        report.hierarchy(step, levels.numpy(), pictures)
+        report.hierarchy(state.step, levels.numpy(), pictures)
         return levels
 
-    return distributed.broadcast_from_main(distributed.on_main(cut), model.device)
+    levels = distributed.broadcast_from_main(distributed.on_main(cut), state.model.device)
+    state.levels, state.tree = levels, tree
 
 
-def cluster_batches(model: Embedder, pictures: Pictures, levels: Tensor, config: Config, step: int) -> Any:
-    """Return the loader of this rank's part of the batches from ``step`` to the next re-clustering."""
+def cluster_batches(state: TrainingState, pictures: Pictures, config: Config, until: int) -> Loader:
+    """Return the loader of this rank's part of the batches from this step until another."""
+    assert state.levels is not None
     mining, options = config.mining, config.train
-    batch_of_step = ClusterBatches(
-        levels.cpu().numpy(), config.clusters_per_batch, mining.pictures_per_cluster, options.seed
-    )
+    levels = state.levels.cpu().numpy()
+    batch_of_step = ClusterBatches(levels, config.clusters_per_batch, mining.pictures_per_cluster, options.seed)
+    backbone = state.model.backbone
     return training_batches(
         pictures,
-        training_transform(config.data, model.backbone.mean, model.backbone.std),
+        training_transform(config.data, backbone.mean, backbone.std),
         batch_of_step,
-        range(step, min(step + config.hierarchy.recluster_every, options.num_steps)),
+        range(state.step, until),
         num_views=mining.num_views,
         seed=options.seed,
         num_workers=config.data.num_workers,
@@ -154,30 +231,31 @@ def train_step(
     model: nn.Module,
     images: Tensor,
     pictures: Tensor,
-    levels: Tensor,
+    state: TrainingState,
     loss_function: HierarchicalLogRatioLoss,
-    optimizer: torch.optim.Optimizer,
     config: Config,
-    step: int,
+    run_dir: Path,
 ) -> dict[str, Tensor | float]:
-    """Take one optimizer step on the global batch, of which this rank brings ``b`` of ``B`` rows.
+    """Take one step on the global batch, of which this rank brings ``b`` of ``B`` rows. A collective.
 
     Args:
-        model: pictures to points of the ball, wrapped for data parallelism.
+        model: the state's, pictures to points of the ball, wrapped for data parallelism.
         images: ``[b, 3, h, w]``.
         pictures: ``[b]``, indices of the images' pictures.
-        levels: ``[K, n]``.
+        state: goes one step further.
         loss_function: of distances and similarity levels.
-        optimizer: of the model's parameters.
         config: for the curvature and the gradient clip.
-        step: for messages.
+        run_dir: where to leave what reproduces a step that fails.
 
     Returns:
         Figures to log, of the global batch.
 
     Raises:
-        UserError: loss or gradient is not finite; the parameters are as they were.
+        UserError: loss or gradient is not finite; the state is as it was.
     """
+    assert state.levels is not None
+    random_before = random_state()
+    optimizer, images, pictures = state.optimizer, images.to(state.levels.device), pictures.to(state.levels.device)
     model.train()
     points = model(images)
     # This rank's rows are the anchors; each is compared with the whole batch, wherever it was embedded.
@@ -185,7 +263,7 @@ def train_step(
     all_pictures = distributed.all_gather_with_gradient(pictures)
     rows = torch.arange(len(points), device=points.device) + distributed.rank() * len(points)
     distances = poincare.distance_matrix(points, all_points, config.model.curvature)
-    similarity = similarity_levels(levels, pictures, all_pictures)
+    similarity = similarity_levels(state.levels, pictures, all_pictures)
     is_self = rows[:, None] == torch.arange(len(all_points), device=points.device)
     total, num_anchors = loss_function(distances, similarity, is_self)
 
@@ -196,38 +274,19 @@ def train_step(
     loss = distributed.all_reduce_sum(total) / num_anchors
     gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.gradient_clip)
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-        raise UserError(
-            f"Step {step}: the loss is {float(loss)} and the gradient's norm {float(gradient_norm)}, so the run "
-            "stopped before the step. A lower optim.learning_rate or model.precision=float32 is the usual cure."
+        raise refuse_step(
+            run_dir, state, all_pictures, random_before, losses=(total / num_anchors, loss), gradient_norm=gradient_norm
         )
+    learning_rate = optimizer.param_groups[0]["lr"]
     optimizer.step()
+    state.schedule.step()
+    state.step += 1
 
     radius = poincare.tangent_norm(all_points.detach(), config.model.curvature)
     return {
         "loss": loss,
-        "learning_rate": optimizer.param_groups[0]["lr"],
+        "learning_rate": learning_rate,
         "gradient_norm": gradient_norm,
         "mean_norm": radius.mean(),
         "share_at_clip": (radius > 0.999 * config.model.clip_radius).float().mean(),
     }
-
-
-def save(
-    run_dir: Path,
-    step: int,
-    model: Embedder,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    levels: Tensor,
-    config: Config,
-) -> None:
-    """Write a checkpoint after ``step`` steps, from rank 0; batches and augmentations follow from seed and step."""
-    state = {
-        "step": step,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "levels": levels,
-        "config": dump_config(config),
-    }
-    distributed.on_main(lambda: save_checkpoint(run_dir / "checkpoints", step, state))

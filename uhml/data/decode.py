@@ -1,5 +1,6 @@
 """From a picture file to an RGB image, or a clear refusal."""
 
+import contextlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from uhml import distributed
-from uhml.data.workers import Loader
+from uhml.data.workers import Loader, next_together
 from uhml.errors import UserError
 from uhml.progress import progress
 
@@ -86,11 +87,11 @@ def find_unreadable(paths: Sequence[str], num_workers: int) -> list[tuple[int, s
     loader = Loader(
         _Refusals(paths, distributed.share(len(paths))), batch_size=BATCH, num_workers=num_workers, collate_fn=list
     )
-    batches, own = iter(loader), []
-    for _ in progress(
-        range(math.ceil(len(paths) / (distributed.world_size() * BATCH))), "check pictures", unit="batch"
-    ):
-        own += [refused for refused in distributed.on_every_rank(lambda: next(batches, ())) if refused]
+    own: list[tuple[int, str]] = []
+    num_rounds = math.ceil(len(paths) / (distributed.world_size() * BATCH))
+    with contextlib.closing(iter(loader)) as batches:
+        for _ in progress(range(num_rounds), "check pictures", unit="batch"):
+            own += filter(None, next_together(batches, ()))
     return sorted(refused for ranks_own in distributed.gather_objects(own) for refused in ranks_own)
 
 

@@ -31,7 +31,7 @@ class _Share(Dataset[Tensor]):
         return self.transform(load_rgb(self.pictures.paths[self.rows[i]]))
 
 
-def share_loader(pictures: Pictures, transform: Transform, batch_size: int, num_workers: int) -> Loader[Tensor]:
+def share_loader(pictures: Pictures, transform: Transform, batch_size: int, num_workers: int) -> Loader:
     """Return a loader of this rank's share of ``pictures``: each once, in order, the last batch as short as it is.
 
     Yields:
@@ -95,7 +95,7 @@ def training_batches(
     num_views: int,
     seed: int,
     num_workers: int,
-) -> Loader[tuple[Tensor, Tensor]]:
+) -> Loader:
     """Return a loader of this rank's part of the global batches of ``steps``.
 
     Args:

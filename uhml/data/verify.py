@@ -5,22 +5,38 @@ from pathlib import Path
 
 import numpy as np
 
+from uhml import distributed
 from uhml.config import DataConfig
 from uhml.data.datasets import load_splits
 from uhml.data.decode import UnreadablePicture, find_unreadable
 from uhml.data.pictures import Pictures, Splits
+from uhml.errors import known_everywhere
 
 logger = logging.getLogger(__name__)
 
 
 def load_pictures(config: DataConfig) -> Splits:
-    """List the pictures of the data set and decode each once, so that no run stumbles over a bad one. A collective.
+    """List the pictures of the data set and decode each once. A collective; see the next two."""
+    return readable_pictures(list_pictures(config), config)
+
+
+def list_pictures(config: DataConfig) -> Splits:
+    """List the pictures of the data set. A collective.
 
     Raises:
         UserError: the data set is not as it should be.
+    """
+    root = Path(config.root).expanduser() if config.root else None
+    # Glyphs are drawn on rank 0 in the middle of this, for which all ranks wait.
+    return distributed.on_every_rank(lambda: load_splits(config.dataset, root, config.num_classes), interruptible=False)
+
+
+def readable_pictures(splits: Splits, config: DataConfig) -> Splits:
+    """Decode each picture once, so that no run stumbles over a bad one. A collective.
+
+    Raises:
         UnreadablePicture: a picture cannot be read, and ``data.skip_corrupt`` is not set.
     """
-    splits = load_splits(config.dataset, Path(config.root).expanduser() if config.root else None, config.num_classes)
     parts = {"train": splits.train, "test": splits.test, "gallery": splits.gallery}
     readable = {name: _readable(part, name, config) for name, part in parts.items() if part is not None}
     for name, part in readable.items():
@@ -36,13 +52,17 @@ def _readable(pictures: Pictures, name: str, config: DataConfig) -> Pictures:
     first = f"{pictures.paths[refused[0][0]]} {refused[0][1]}"
     if not config.skip_corrupt:
         more = f" ({len(refused)} such pictures in the {name} part)" if len(refused) > 1 else ""
-        raise UnreadablePicture(
-            f"The picture {first}{more}. Mend or remove it, or add data.skip_corrupt=true to go on without."
+        raise known_everywhere(
+            UnreadablePicture(
+                f"The picture {first}{more}. Mend or remove it, or add data.skip_corrupt=true to go on without."
+            )
         )
     logger.warning("Going on without %d unreadable %s pictures, the first being %s.", len(refused), name, first)
     for row, reason in refused:
         logger.info("left out: %s %s", pictures.paths[row], reason)
     if len(refused) == len(pictures):
-        raise UnreadablePicture(f"None of the {len(pictures)} {name} pictures can be read; the first, {first}.")
+        raise known_everywhere(
+            UnreadablePicture(f"None of the {len(pictures)} {name} pictures can be read; the first, {first}.")
+        )
     left = np.setdiff1d(np.arange(len(pictures)), [row for row, _ in refused])
     return pictures.select(left)

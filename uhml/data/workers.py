@@ -1,14 +1,14 @@
 """Worker processes that read pictures: they leave signals to the training process, and their errors are sentences."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from uhml import interruption
+from uhml import distributed, interruption
 from uhml.errors import UserError
 
-T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
 
 
 class _Tolerant(Dataset[Any]):
@@ -37,24 +37,45 @@ class _Collate:
         return next((item for item in items if isinstance(item, UserError)), None) or self.collate(items)
 
 
-class Loader(DataLoader[T_co]):
+def next_together(batches: Iterator[T], default: T | None = None) -> T:
+    """Return this rank's next batch, if every rank is well and none was asked to end. A collective.
+
+    Args:
+        batches: of a :class:`Loader`.
+        default: what to return when there are no more.
+
+    Raises:
+        Preempted: on every rank, if one was asked to end.
+        UserError: on every rank, if a picture cannot be read or a worker died on one.
+    """
+
+    def fetch() -> T:
+        interruption.check()
+        return next(batches) if default is None else next(batches, default)
+
+    # Not to be interrupted half-way, or a worker that is just handing over a batch would complain.
+    return distributed.on_every_rank(fetch, interruptible=False)
+
+
+class Loader(DataLoader[Any]):
     """A ``DataLoader``, of the same options, for runs that survive.
 
-    Its workers ignore the signals that a terminal or a cluster sends to every process of a run.
+    Its workers ignore the signals that a terminal or a cluster sends to every process of a run. Close what ``iter``
+    returns, if it is not exhausted: only then do they end.
 
     Raises:
         UserError: while iterating: what a worker raised, or a worker died.
     """
 
     def __init__(
-        self, dataset: Dataset[T_co], *, collate_fn: Callable[[list[Any]], Any] = default_collate, **options: Any
+        self, dataset: Dataset[Any], *, collate_fn: Callable[[list[Any]], Any] = default_collate, **options: Any
     ) -> None:
         collate = _Collate(collate_fn)
         super().__init__(_Tolerant(dataset), collate_fn=collate, worker_init_fn=interruption.leave_to_parent, **options)
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Generator[Any]:  # type: ignore[override]
         with interruption.workers_starting():
-            batches = super().__iter__()
+            batches: Any = super().__iter__()
         try:
             for batch in batches:
                 if isinstance(batch, UserError):
@@ -67,3 +88,8 @@ class Loader(DataLoader[T_co]):
                 "A process that reads pictures was killed, perhaps for want of memory: lower data.num_workers, and "
                 "start the same command again to go on from the last checkpoint."
             ) from e
+        finally:
+            # Now, and not when the garbage is collected: an error's traceback may hold on to the workers until the
+            # process ends, which would wait for them in vain, as they ignore what it asks them to end by.
+            if self.num_workers:
+                batches._shutdown_workers()

@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", type=Path, metavar="LABELS.npy", help="true labels, to score the clusters against")
     parser.add_argument("--levels", type=Path, metavar="LEVELS.npy", help="where to write the cuts: int32 [K, n]")
     parser.add_argument("--plot", type=Path, metavar="TREE.png", help="where to draw the top of the tree")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -82,6 +83,11 @@ def run(args: argparse.Namespace) -> None:
     used = [path.resolve() for path in (args.embeddings, args.labels, args.out, args.levels, args.plot) if path]
     if len(set(used)) < len(used):
         raise UserError("Two of EMBEDDINGS, --labels, --out, --levels and --plot are one file: name another.")
+    if args.out.suffix != ".npz":
+        raise UserError(f"--out {args.out} must end in .npz.")
+    written = [path for path in (args.out, args.levels, args.plot) if path and path.exists()]
+    if written and not args.overwrite:
+        raise UserError(f"{written[0]} is there already: name another file, or add --overwrite.")
     if args.plot and args.plot.suffix.lower() not in PLOT_SUFFIXES:
         raise UserError(f"--plot {args.plot} must end in one of {', '.join(PLOT_SUFFIXES)}.")
     device = _device(args.device)
@@ -98,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         min_recall=args.min_recall,
         device=device,
     )
-    logger.info("clustered %d points in %.1f s", tree.num_points, time.monotonic() - start)
+    logger.info("clustered %s points in %.1f s", f"{tree.num_points:,}", time.monotonic() - start)
     tree.save(args.out)
     levels = tree.cut(counts=args.counts)
     if args.levels:
@@ -175,7 +181,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _counts(text: str) -> list[int]:
-    counts = [int(word) for word in text.split(",")]
-    if min(counts) < 1:
-        raise ValueError
-    return counts
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers of clusters, such as 1000,100,10")
+    return [int(word) for word in words]

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from uhml.errors import UserError
 
+EXAMPLES = {"counts": "1000, 100, 10", "heights": "0.5, 0.9", "quantiles": "0.9, 0.99"}
+
 
 class Merges(NamedTuple):
     """Some merges between clusters that are named by one of their points.
@@ -123,6 +125,11 @@ class Dendrogram:
             raise UserError(
                 f"Cut by exactly one of counts, heights and quantiles, not by {' and '.join(given) or 'none'}."
             )
+        ((name, values),) = given.items()
+        if np.ndim(values) != 1 or len(values) == 0:
+            raise UserError(
+                f"{name}={values} must be a list with a number for each cut, as in {name}=[{EXAMPLES[name]}]."
+            )
         num_merges = len(self._linkage)
         if counts is not None:
             if any(count < 1 or count != int(count) for count in counts):
@@ -139,8 +146,6 @@ class Dendrogram:
             if any(np.isnan(height) for height in heights):
                 raise UserError(f"heights={list(heights)} must be numbers.")
             made = [int(np.searchsorted(self.heights, height, side="right")) for height in heights]
-        if not made:
-            raise UserError(f"{next(iter(given))}=[] asks for no cut at all: give at least one.")
         return torch.stack([torch.from_numpy(self._clusters(merges)) for merges in sorted(made)])
 
     def _clusters(self, num_merges: int) -> np.ndarray:

@@ -46,12 +46,28 @@ def exact_linkage(points: Tensor, geometry: Geometry) -> Dendrogram:
         points = points - points.mean(0)  # gaps stay, and cancel least near the origin
     first = first_equal(row_hashes(points))
     names = (first == torch.arange(len(first), device=first.device)).nonzero()[:, 0]
-    clusters = _Clusters(geometry.lift(points[names]), first.bincount(minlength=len(first))[names], names)
-    merges = [merge_equal(first), *reported(clusters.rounds(), len(names), "exact linkage")]
-    logger.debug("exact linkage: %d searches among all clusters", clusters.num_searches)
+    rounds = merge_nearest(geometry.lift(points[names]), first.bincount(minlength=len(first))[names], names)
+    merges = [merge_equal(first), *reported(rounds, len(names), "exact linkage")]
     return Dendrogram.from_merges(
         [merge._replace(heights=geometry.mean_dissimilarity(merge.heights)) for merge in merges]
     )
+
+
+@true_float32()
+def merge_nearest(means: Tensor, sizes: Tensor, names: Tensor) -> Iterator[Merges]:
+    """Merge clusters until one is left, by the mean gap over all pairs.
+
+    Args:
+        means: ``[m, d + 2]`` float64, the clusters' mean lifts; overwritten.
+        sizes: ``[m]`` int64, their sizes; overwritten.
+        names: ``[m]`` int64, their names.
+
+    Yields:
+        The merges of a round; heights are gaps.
+    """
+    clusters = _Clusters(means, sizes, names)
+    yield from clusters.rounds()
+    logger.debug("exact linkage: %d searches among all clusters", clusters.num_searches)
 
 
 def exact_memory(num_points: int, num_dimensions: int) -> int:

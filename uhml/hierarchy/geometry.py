@@ -128,7 +128,8 @@ class Geometry:
         refuse(
             radius > 1 + OUTSIDE,
             f"lies outside the ball of curvature -{self.c}, whose radius is {self.c**-0.5:.4g}: give points of the "
-            "ball (not tangent vectors), or the curvature they were made with",
+            "ball (not tangent vectors), or the curvature they were made with; for the features of any other network "
+            "take the geometry cosine",
         )
         return rows * ((1 - EDGE) / radius).clamp(max=1)[:, None].to(rows.dtype)
 

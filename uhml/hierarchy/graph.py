@@ -1,20 +1,57 @@
 """Average linkage on a sparse graph of nearest neighbours, where an unseen pair counts as similarity 0."""
 
-import heapq
+import logging
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from uhml.hierarchy.dendrogram import Dendrogram, Merges
 from uhml.hierarchy.equal import merge_equal
+from uhml.hierarchy.joining import join_nearest, join_parts, join_smallest
 from uhml.hierarchy.pairs import SHUFFLE, UNSHUFFLE, ends, pair
 from uhml.hierarchy.rounds import reported
 
+logger = logging.getLogger(__name__)
+
 NOTHING = torch.iinfo(torch.long).min
+# Work, in edges looked at, after which the rounds are given up: so much for each edge, and so much besides.
+ROUNDS_OF_ALL_EDGES = 300
+LEAST_WORK = 2 * 10**9
+# A round takes at least as long as looking at so many edges.
+EDGES_PER_ROUND = 20_000
 
 
-def graph_linkage(neighbors: Tensor, distances: Tensor, first_equal: Tensor | None = None) -> Dendrogram:
+class Forest(NamedTuple):
+    """What merging over a graph gives: a tree for each part of it.
+
+    Attributes:
+        merges: the merges, with heights in units of distance.
+        part: ``[n]`` int64, the number of the part that each point is in; 0, 1, ...
+        names: ``[p]`` int64, the names by which the merges leave the parts.
+        far: D, the largest distance seen.
+    """
+
+    merges: list[Merges]
+    part: Tensor
+    names: Tensor
+    far: float
+
+    def join(self, sums: Tensor | None = None) -> Dendrogram:
+        """Join the parts at height D, and return the tree.
+
+        Args:
+            sums: of the points of each part (:func:`uhml.hierarchy.joining.sums_of_parts`), to join those first that
+                are near to each other; by default the smallest are joined first.
+        """
+        sizes = self.part.bincount(minlength=len(self.names))
+        if sums is None:
+            return Dendrogram.from_merges([*self.merges, join_smallest(self.names, sizes, self.far)])
+        return Dendrogram.from_merges([*self.merges, join_parts(sums, self.names, sizes, self.far)])
+
+
+def graph_linkage(neighbors: Tensor, distances: Tensor, first_equal: Tensor | None = None) -> Forest:
     """Cluster points by the average similarity ``1 - d / D`` of two clusters, in which an unseen pair counts 0.
 
     That is average linkage (UPGMA) on the full matrix of distances in which every unseen pair has distance D, the
@@ -25,6 +62,9 @@ def graph_linkage(neighbors: Tensor, distances: Tensor, first_equal: Tensor | No
     integers, in units so small that no sum can overflow: the tree does not depend on the order of sums, on threads or
     device. Equal linkages are ordered by a shuffle of the pairs of clusters.
 
+    Rounds that merge next to nothing, as around a hub that is everybody's nearest, are given up after the work that
+    hundreds of ordinary rounds take, with a warning; single linkage of the clusters' linkages then ends the tree.
+
     Args:
         neighbors: ``[n, k]`` ids of the points seen from each point; its own id is passed over.
         distances: ``[n, k]`` float64; where i sees j and j sees i, their distances are equal.
@@ -32,7 +72,7 @@ def graph_linkage(neighbors: Tensor, distances: Tensor, first_equal: Tensor | No
             are merged first, at height 0, and share the neighbours of the first; theirs are passed over.
 
     Returns:
-        The tree. Where the graph falls into parts, they are joined at height D, the smallest first.
+        A tree for each part of the graph.
     """
     n, device = len(neighbors), neighbors.device
     names = torch.arange(n, device=device)
@@ -48,11 +88,13 @@ def graph_linkage(neighbors: Tensor, distances: Tensor, first_equal: Tensor | No
     del u, v, total  # the rounds shrink them
     for merge in reported(rounds, n, "graph linkage"):
         merges.append(merge._replace(heights=far * (1 - merge.heights / unit)))
-    rest = torch.ones(n, dtype=torch.bool, device=device)
+    above = names.clone()
     for merge in merges:
-        rest[merge.absorbed] = False
-    merges.append(_join_rest(rest.nonzero()[:, 0], sizes, far))
-    return Dendrogram.from_merges(merges)
+        above[merge.absorbed] = merge.kept
+    while not torch.equal(above[above], above):
+        above = above[above]
+    rest, part = above.unique(return_inverse=True)
+    return Forest(merges, part, rest, far)
 
 
 def graph_memory(num_points: int, num_neighbors: int) -> int:
@@ -98,7 +140,9 @@ def _rounds(u: Tensor, v: Tensor, total: Tensor, sizes: Tensor) -> Iterator[Merg
     device = u.device
     names = torch.arange(len(sizes), device=device)
     num_edges, gone, renumber = len(u), len(names), True
+    work_left = ROUNDS_OF_ALL_EDGES * num_edges + LEAST_WORK
     while num_edges > 0:
+        work_left -= len(u) + EDGES_PER_ROUND
         if renumber:
             # Number the clusters that still have edges 0, 1, ...: what is used together then lies together.
             still = (u < gone).nonzero()[:, 0]
@@ -115,6 +159,17 @@ def _rounds(u: Tensor, v: Tensor, total: Tensor, sizes: Tensor) -> Iterator[Merg
             choice = merged_into.new_full((gone + 1,), NOTHING)
             dirty = torch.ones(gone + 1, dtype=torch.bool, device=device)
             dirty[gone] = False
+        if work_left < 0:
+            still = (u < gone).nonzero()[:, 0]
+            u, v = u[still], v[still]
+            merges = join_nearest(u, v, total[still] / (size[u] * size[v]), size[:gone].long())
+            logger.warning(
+                "graph linkage: %d clusters still linked after very many rounds are joined by their strongest links. "
+                "Are the embeddings collapsed, or is a point everybody's nearest?",
+                len(merges.kept) + 1,
+            )
+            yield merges._replace(kept=names[merges.kept], absorbed=names[merges.absorbed])
+            return
 
         # The best edge of each dirty cluster: of greatest linkage, then of greatest shuffled pair.
         end, other, sums = u, v, total
@@ -169,16 +224,3 @@ def _rounds(u: Tensor, v: Tensor, total: Tensor, sizes: Tensor) -> Iterator[Merg
 def _touching(clusters: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Return the edges with an end in a set of clusters, given as a mask."""
     return (clusters.index_select(0, u) | clusters.index_select(0, v)).nonzero()[:, 0]
-
-
-def _join_rest(names: Tensor, sizes: Tensor, far: float) -> Merges:
-    """Join clusters that nothing links, at height ``far``: always the two smallest."""
-    heap = [(int(size), int(name)) for size, name in zip(sizes[names].tolist(), names.tolist(), strict=True)]
-    heapq.heapify(heap)
-    joined = []
-    while len(heap) > 1:
-        (size_a, a), (size_b, b) = heapq.heappop(heap), heapq.heappop(heap)
-        joined.append((min(a, b), max(a, b), size_a + size_b))
-        heapq.heappush(heap, (size_a + size_b, min(a, b)))
-    kept, absorbed, size = torch.tensor(joined, dtype=torch.long, device=names.device).reshape(-1, 3).unbind(1)
-    return Merges(kept, absorbed, torch.full((len(kept),), far, dtype=torch.float64, device=names.device), size)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from uhml.hierarchy.geometry import Geometry, polar
-from uhml.hierarchy.search import Search, approximate_search, exact_search, extremes, rounding, true_float32
+from uhml.hierarchy.inverted_file import approximate_search
+from uhml.hierarchy.search import Search, exact_search, extremes, rounding, true_float32
 from uhml.progress import progress
 
 # Candidates beyond the asked-for k that the search hands over to be put in order.
@@ -12,6 +13,8 @@ SPARE = 4
 QUERIES_PER_BLOCK = 65536
 # Few enough that the pairs' coordinates stay in the cache.
 QUERIES_PER_ORDERING = 256
+# Points whose true neighbours are found, to measure the recall of approximate search.
+NUM_MEASURED = 1024
 
 
 @true_float32()
@@ -35,7 +38,7 @@ def nearest_neighbors(
         queries: ``[m, d]`` points (see :meth:`Geometry.points`).
         query_ids: ``[m]`` int64; a query is not its own neighbour, which is told by id, not by distance.
         points: ``[n, d]`` the points to search.
-        ids: ``[n]`` int64.
+        ids: ``[n]`` int64, rising.
         num_neighbors: k.
         geometry: what is near.
         min_recall: 1 searches exactly. Less searches fast, and finds at least this share of the neighbours, measured
@@ -77,13 +80,16 @@ class _Base:
         # Gaps in flat geometries do not change when everything is moved: near the origin they cancel least.
         self._origin = points.mean(0, dtype=torch.float64).to(points.dtype) if geometry.c == 0 else points.new_zeros(1)
         lifted = geometry.lift(points - self._origin)
-        self._is_exact = min_recall == 1
-        if self._is_exact:
-            self._search = exact_search(lifted)
-        else:
-            self._search = approximate_search(lifted, num_neighbors, min_recall, geometry)
         self._extremes = extremes(lifted)
         self._search64: Search | None = None
+        self._search, self._is_exact = exact_search(lifted), True
+        if min_recall < 1:
+            # Drawn on the CPU: the same for every device and rank.
+            measured = torch.randperm(len(points), generator=torch.Generator().manual_seed(1))[:NUM_MEASURED]
+            measured = measured.to(points.device)
+            true_ids, _ = self.neighbors(points[measured], ids[measured])
+            true = torch.searchsorted(ids, true_ids.contiguous())
+            self._search, self._is_exact = approximate_search(lifted, measured, true, min_recall, geometry), False
 
     def neighbors(self, queries: Tensor, query_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ids and gaps, ``[m, k]``, of the points nearest to ``[m, d]`` queries."""
@@ -111,9 +117,9 @@ class _Base:
         for start in range(0, len(queries), QUERIES_PER_ORDERING):
             block = slice(start, start + QUERIES_PER_ORDERING)
             at = positions[block]
-            gaps[block] = self._geometry.gap(
-                queries[block][:, None], self._points[at], weights[block][:, None], self._weights[at]
-            )
+            # Position -1 stands for any point till it is masked.
+            near = self._points.index_select(0, at.flatten().clamp(min=0)).view(*at.shape, -1)
+            gaps[block] = self._geometry.gap(queries[block][:, None], near, weights[block][:, None], self._weights[at])
         own = (positions < 0) | (ids == query_ids[:, None])
         near = torch.where(own, query_ids[:, None], ids)
         gaps.masked_fill_(own, torch.inf)

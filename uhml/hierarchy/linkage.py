@@ -1,5 +1,6 @@
 """The two doors of the engine: cluster in one process, or with the neighbour search spread over ranks."""
 
+import logging
 import warnings
 from collections.abc import Callable
 
@@ -15,8 +16,11 @@ from uhml.hierarchy.equal import first_equal, row_hashes
 from uhml.hierarchy.exact import exact_linkage, exact_memory
 from uhml.hierarchy.geometry import Geometry
 from uhml.hierarchy.graph import graph_linkage, graph_memory
+from uhml.hierarchy.joining import MAX_PARTS, sums_of_parts
 from uhml.hierarchy.knn import nearer, nearest_neighbors, search_memory
 from uhml.hierarchy.memory import GIB, require
+
+logger = logging.getLogger(__name__)
 
 MODES = ("graph", "exact", "dense")
 EXACT_SEARCH_UP_TO = 200_000
@@ -72,7 +76,9 @@ def average_linkage(
     def search(queries: Tensor, query_ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return nearest_neighbors(queries, query_ids, points[distinct], distinct, k, space, min_recall=recall)
 
-    return graph_linkage(*_of_first(points, ids, first, num_neighbors, search), first)
+    forest = graph_linkage(*_of_first(points, ids, first, num_neighbors, search), first)
+    num_parts = _to_join(forest.part)
+    return forest.join(sums_of_parts(points, forest.part, num_parts, space) if num_parts else None)
 
 
 def average_linkage_over_ranks(
@@ -148,7 +154,23 @@ def average_linkage_over_ranks(
     own_neighbors, own_distances = _of_first(own_points, own_ids, first, num_neighbors, search)
     neighbors = distributed.all_gather_shares(own_neighbors, num_points)
     distances = distributed.all_gather_shares(own_distances, num_points)
-    return distributed.on_main(lambda: graph_linkage(neighbors, distances, first))
+    forest = distributed.on_main(lambda: graph_linkage(neighbors, distances, first))
+    part = distributed.broadcast_from_main(forest.part if forest else None, device)
+    sums = None
+    if num_parts := _to_join(part):
+        sums = distributed.all_reduce_sum(sums_of_parts(own_points, part[own_ids], num_parts, space))
+    return distributed.on_main(lambda: forest.join(sums) if forest else None)
+
+
+def _to_join(part: Tensor) -> int:
+    """Return the number of parts of a graph if they are to be joined by their points, else 0."""
+    num_parts = int(part.max()) + 1
+    if num_parts > 1 and distributed.is_main():
+        logger.info(
+            "the graph falls into %d parts, joined at one height at the top; more num_neighbors link more",
+            num_parts,
+        )
+    return num_parts if 1 < num_parts <= MAX_PARTS else 0
 
 
 def _of_all_pairs(points: Tensor, geometry: Geometry, mode: str) -> Dendrogram:

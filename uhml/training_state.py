@@ -1,0 +1,180 @@
+"""All that a run must keep to be the same run after an interruption."""
+
+import dataclasses
+import hashlib
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import uhml
+from uhml import distributed
+from uhml.checkpoint import DamagedFile, read_file, save_checkpoint
+from uhml.config import Config, dump_config, parse_dump
+from uhml.data.pictures import Splits
+from uhml.errors import UserError
+from uhml.hierarchy import Dendrogram
+from uhml.metrics import Scores
+from uhml.model import Embedder
+from uhml.optim import build_optimizer, build_schedule
+from uhml.random_state import random_state, restore_random_state
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingState:
+    """The state of a run between two steps.
+
+    Batches and augmentations are functions of seed and step, so the step is all there is to keep of them.
+
+    Args:
+        model: on this rank's device.
+        splits: the pictures of the run.
+        config: of the run.
+
+    Attributes:
+        optimizer: of the model's parameters.
+        schedule: of the optimizer's learning rate.
+        step: steps taken.
+        levels: ``[K, n]`` int32 on the model's device, what the steps learn from; None before the first clustering.
+        tree: what the levels are cut from, on rank 0.
+        before: scores before the first step; None until they are known, and where there is nothing to score.
+        saved: the step of the newest checkpoint; None before the first.
+    """
+
+    def __init__(self, model: Embedder, splits: Splits, config: Config) -> None:
+        self.model, self.config = model, config
+        self.optimizer = build_optimizer(model, config.optim)
+        self.schedule = build_schedule(self.optimizer, config.optim, config.train.num_steps)
+        self.step = 0
+        self.levels: Tensor | None = None
+        self.tree: Dendrogram | None = None
+        self.before: dict[str, Scores] | None = None
+        self.saved: int | None = None
+        self._started, self._seconds_before = time.monotonic(), 0.0
+        self._pictures = _fingerprint(splits)
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken so far, over all its launches, without what was lost."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def save(self, run_dir: Path, settle_metrics: Callable[[], int]) -> None:
+        """Write a checkpoint. A collective, which no signal interrupts.
+
+        Args:
+            run_dir: the folder of the run.
+            settle_metrics: forces ``metrics.jsonl`` to the disk and returns its size in bytes; called on rank 0.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        random_states = distributed.gather_objects(random_state())
+        distributed.on_main(lambda: self._write(run_dir, settle_metrics(), random_states), interruptible=False)
+        self.saved = self.step
+
+    def _write(self, run_dir: Path, metrics_size: int, random_states: list[dict[str, Any]]) -> None:
+        state = {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "levels": self.levels,
+            "tree": None if self.tree is None else torch.from_numpy(self.tree.to_scipy()),
+            "before": None if self.before is None else {k: dataclasses.asdict(v) for k, v in self.before.items()},
+            "metrics_size": metrics_size,
+            "seconds": self.seconds,
+            "random_states": random_states,
+            "pictures": self._pictures,
+            "config": dump_config(self.config),
+            "versions": _versions(),
+        }
+        save_checkpoint(run_dir / "checkpoints", self.step, state, self.config.train.keep_checkpoints)
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Take the state that :func:`read_state` read, and say what will not be bit for bit the same.
+
+        Raises:
+            UserError: it is of other pictures or of another network.
+        """
+        if saved["pictures"] != self._pictures:
+            raise UserError(
+                f"The run began with {_counts(saved['pictures'])} pictures, and there are {_counts(self._pictures)} "
+                "now, or others: bring back the old ones, or begin anew with --overwrite."
+            )
+        hyperparameters = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        learning_rates = self.schedule.base_lrs
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError) as e:
+            reason = " ".join(str(e).split())[:300]
+            raise UserError(f"The run's checkpoint does not fit the model section of the config: {reason}") from e
+        self.schedule.load_state_dict(saved["schedule"])
+        # The file says where the run is; the config, which may have been changed, how it goes on from there.
+        self.schedule.base_lrs = learning_rates
+        for group, said, rate, factor in zip(
+            self.optimizer.param_groups, hyperparameters, learning_rates, self.schedule.lr_lambdas, strict=True
+        ):
+            group.update(said, lr=rate * factor(self.schedule.last_epoch))
+
+        self.step = self.saved = saved["step"]
+        if parse_dump(saved["config"]).hierarchy == self.config.hierarchy and saved["levels"] is not None:
+            self.levels = saved["levels"].to(self.model.device)
+            self.tree = Dendrogram(saved["tree"].numpy()) if distributed.is_main() else None
+        if saved["before"] is not None:
+            self.before = {name: Scores(**scores) for name, scores in saved["before"].items()}
+        self._started, self._seconds_before = time.monotonic(), saved["seconds"]
+        if distributed.rank() < len(saved["random_states"]):
+            restore_random_state(saved["random_states"][distributed.rank()])
+        for difference in _differences(saved):
+            logger.warning("%s, so from here on the run is no longer bit for bit the same.", difference)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read a checkpoint on every rank. A collective."""
+
+    def read() -> dict[str, Any]:
+        try:
+            return read_file(path)
+        except DamagedFile as e:
+            raise UserError(f"{e}, though rank 0 can read it: is --run-dir a folder that all machines share?") from e
+
+    return distributed.on_every_rank(read)
+
+
+def _fingerprint(splits: Splits) -> list[tuple[int, str]]:
+    """Return number and digest of the names of each part's pictures, wherever they lie."""
+    parts = [
+        [os.path.abspath(path) for path in part.paths]
+        for part in (splits.train, splits.test, splits.gallery)
+        if part is not None
+    ]
+    root = os.path.commonpath([path for paths in parts for path in paths])
+    return [
+        (len(paths), hashlib.sha256("\n".join(path[len(root) :] for path in paths).encode()).hexdigest())
+        for paths in parts
+    ]
+
+
+def _counts(fingerprint: list[tuple[int, str]]) -> str:
+    return " + ".join(str(number) for number, _ in fingerprint)
+
+
+def _versions() -> dict[str, str]:
+    return {"uhml": uhml.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def _differences(saved: dict[str, Any]) -> Iterator[str]:
+    before, now = len(saved["random_states"]), distributed.world_size()
+    if before != now:
+        yield f"{now} ranks go on where {before} stopped, and sum floating-point numbers in another order"
+    for name, version in _versions().items():
+        if saved["versions"][name] != version:
+            yield f"{name} {version} goes on where {name} {saved['versions'][name]} stopped"
