@@ -105,7 +105,7 @@ def graph_ours(n, k, folder, geometry):
 
     neighbors, distances = _saved_neighbors(n, k, folder)
     with Stopwatch() as watch:
-        graph_linkage(neighbors, distances)
+        graph_linkage(neighbors, distances).join()
     return watch.results()
 
 
@@ -199,7 +199,7 @@ def million(n, k, folder, geometry):
         start = time.perf_counter()
         neighbors, distances = nearest_neighbors(points, ids, points, ids, k, space, min_recall=0.9)
         middle = time.perf_counter()
-        graph_linkage(neighbors, distances)
+        graph_linkage(neighbors, distances).join()
         end = time.perf_counter()
     asked = torch.randperm(n, generator=torch.Generator().manual_seed(7))[:500]
     true, _ = nearest_neighbors(points[asked], asked, points, ids, k, space)

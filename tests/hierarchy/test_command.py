@@ -59,20 +59,31 @@ def test_one_point(tmp_path):
         (["x.npy", "--out", "absent/tree.npz"], "no folder"),
         (["x.npy", "--out", "tree.npz", "--device", "tpu9"], "say cpu or cuda"),
         (["x.npy", "--out", "tree.npz", "--num-neighbors", "0"], "num_neighbors=0"),
+        (["x.npy", "--out", "tree.txt"], "must end in .npz"),
+        (["x.npy", "--out", "tree.npz", "--levels", "old.npy"], "old.npy is there already.*--overwrite"),
     ],
 )
 def test_what_is_refused(files, words, message, monkeypatch):
     monkeypatch.chdir(files)
     (files / "words.npy").write_text("words")
+    (files / "old.npy").touch()
     with pytest.raises(UserError, match=message):
         cluster(*words)
     assert not (files / "tree.npz").exists()
 
 
 @pytest.mark.parametrize("counts", ["many", "10,0", ""])
-def test_counts_refused(files, counts):
+def test_counts_refused(files, counts, capsys):
     with pytest.raises(SystemExit):
         cluster(files / "x.npy", "--out", files / "tree.npz", "--counts", counts)
+    assert f"{counts!r} is no list of numbers of clusters, such as 1000,100,10" in capsys.readouterr().err
+
+
+def test_files_are_replaced_when_asked_to(files):
+    for counts in ("9", "5"):
+        out = ("--out", files / "tree.npz", "--levels", files / "levels.npy", "--overwrite")
+        cluster(files / "x.npy", *out, "--counts", counts)
+    assert np.load(files / "levels.npy").max() == 4
 
 
 def test_the_top_of_the_tree_is_a_tree():

@@ -5,6 +5,7 @@ import re
 import fastcluster
 import numpy as np
 import pytest
+import scipy.cluster.hierarchy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,18 +16,21 @@ from reference import (
     ball,
     brute_neighbors,
     capped,
+    cosh_of_distance,
     dissimilarities,
     distances,
     mixture,
     scipy_tree,
 )
+from scipy.cluster.hierarchy import fcluster
 from scipy.sparse import coo_matrix
+from scipy.spatial.distance import squareform
 from sklearn.datasets import load_digits
 from sklearn.metrics import adjusted_rand_score
 from sknetwork.hierarchy import Paris
 
 from uhml.errors import UserError
-from uhml.hierarchy import average_linkage, exact, knn, linkage, memory, rounds
+from uhml.hierarchy import average_linkage, exact, graph, knn, linkage, memory, rounds
 from uhml.hierarchy.geometry import GEOMETRIES, Geometry
 from uhml.hierarchy.graph import graph_linkage
 
@@ -124,8 +128,8 @@ def test_same_tree_for_any_order_of_edges():
     ids = torch.arange(1000)
     neighbors, distance = knn.nearest_neighbors(x, ids, x, ids, 10, space)
     order = torch.rand(1000, 10).argsort(1)
-    shuffled = graph_linkage(neighbors.gather(1, order), distance.gather(1, order))
-    assert np.array_equal(graph_linkage(neighbors, distance).to_scipy(), shuffled.to_scipy())
+    shuffled = graph_linkage(neighbors.gather(1, order), distance.gather(1, order)).join()
+    assert np.array_equal(graph_linkage(neighbors, distance).join().to_scipy(), shuffled.to_scipy())
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -197,6 +201,59 @@ def test_a_disconnected_graph_has_one_root():
     assert_valid(tree, 100)
     assert torch.equal(tree.cut(counts=[5])[0], torch.arange(5, dtype=torch.int32).repeat_interleave(20))
     assert (tree.heights[-4:] == tree.heights[-1]).all()
+
+
+def test_parts_that_nothing_links_are_joined_by_their_points():
+    # Twenty tight classes in four heaps; with five neighbours no class sees another.
+    generator = torch.Generator().manual_seed(0)
+    heaps = torch.randn(4, 8, generator=generator, dtype=torch.float64)
+    classes = heaps.repeat_interleave(5, 0) + 0.2 * torch.randn(20, 8, generator=generator, dtype=torch.float64)
+    x = classes.repeat_interleave(30, 0) + 0.005 * torch.randn(600, 8, generator=generator, dtype=torch.float64)
+    x[7] = x[3]  # equal points weigh as many
+    order = torch.randperm(600, generator=generator)
+    tree = tree_of(0.2 * x[order], "graph", "poincare", num_neighbors=5)
+    assert_valid(tree, 600)
+    assert (tree.heights[-19:] == tree.heights[-1]).all()
+    theirs = scipy_tree(cosh_of_distance(0.2 * x))
+    for count in (20, 12, 4, 2):
+        ours = tree.cut(counts=[count])[0]
+        assert adjusted_rand_score(fcluster(theirs, count, "maxclust")[order.numpy()], ours) == 1
+
+
+def test_parts_too_many_are_joined_smallest_first(monkeypatch):
+    monkeypatch.setattr(linkage, "MAX_PARTS", 3)
+    x = torch.arange(5.0).repeat_interleave(torch.tensor([20, 30, 10, 15, 25]))[:, None] * 10
+    x = x + torch.rand(100, 1, generator=torch.Generator().manual_seed(0))
+    clusters = average_linkage(x, mode="graph", geometry="euclidean", num_neighbors=9).cut(counts=[4, 3])
+    assert sorted(clusters[0].bincount().tolist()) == [20, 25, 25, 30]
+    assert sorted(clusters[1].bincount().tolist()) == [25, 30, 45]
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, st.integers(3, 60), st.integers(1, 6))
+def test_rounds_given_up_end_in_single_linkage(seed, n, k):
+    x = ball(seed, n)
+    matrix = distances(x, "euclidean")
+    full, _ = capped(matrix, brute_neighbors(matrix, k))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph, "LEAST_WORK", -(10**9))
+        tree = tree_of(x, "graph", "euclidean", num_neighbors=k)
+    assert_valid(tree, n)
+    single = scipy.cluster.hierarchy.linkage(squareform(full.numpy(), checks=False), "single")
+    np.testing.assert_allclose(tree.heights, single[:, 2], atol=1e-7)
+
+
+def test_rounds_given_up_half_way_are_told(monkeypatch, caplog):
+    x = mixture(0, 500)[0]
+    whole = average_linkage(x)
+    monkeypatch.setattr(graph, "ROUNDS_OF_ALL_EDGES", 0)
+    monkeypatch.setattr(graph, "LEAST_WORK", 5 * graph.EDGES_PER_ROUND)
+    tree = average_linkage(x)
+    assert_valid(tree, 500)
+    assert "clusters still linked after very many rounds" in caplog.text
+    # The rounds that were done are those of the whole tree.
+    done = int((tree.to_scipy()[:, :3] == whole.to_scipy()[:, :3]).all(1).argmin())
+    assert 20 < done < 480
 
 
 def test_more_neighbors_than_points():
@@ -283,8 +340,8 @@ def test_the_engine_finds_the_classes_of_a_mixture():
 def test_a_graph_finds_the_classes_of_handwritten_digits_where_all_pairs_do_not():
     x, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(x / 16)
-    graph, exact_mode = (average_linkage(x, mode=mode, geometry="euclidean").cut(counts=[10])[0] for mode in MODES[:2])
-    assert adjusted_rand_score(labels, graph) > 0.75
+    sparse, exact_mode = (average_linkage(x, mode=mode, geometry="euclidean").cut(counts=[10])[0] for mode in MODES[:2])
+    assert adjusted_rand_score(labels, sparse) > 0.75
     assert adjusted_rand_score(labels, exact_mode) < 0.65
 
 

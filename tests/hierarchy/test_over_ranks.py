@@ -18,6 +18,8 @@ CASES = [
     {"mode": "graph", "geometry": "poincare"},
     {"mode": "graph", "geometry": "cosine", "gather_up_to": 0},
     {"mode": "graph", "geometry": "euclidean", "exact_search_up_to": 100, "min_recall": 0.95},
+    {"mode": "graph", "geometry": "poincare", "num_neighbors": 2},
+    {"mode": "graph", "geometry": "cosine", "num_neighbors": 2, "gather_up_to": 0},
     {"mode": "exact", "geometry": "poincare"},
     {"mode": "dense", "geometry": "cosine"},
 ]
