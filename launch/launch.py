@@ -3,6 +3,7 @@
 import argparse
 import logging
 import math
+import re
 import shlex
 import sys
 import time
@@ -161,20 +162,20 @@ def _show(args: argparse.Namespace, resources: Resources, run_dir: Path, runs: l
 
 
 def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise ValueError
-    return count
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
+    return int(text)
 
 
 def _minutes(text: str) -> int:
     """Understand a time as SLURM does: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
-    days, dash, rest = text.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    units = (60, 1, 1 / 60) if dash or len(parts) == 3 else (1, 1 / 60)
-    if len(parts) > len(units) or min(parts) < 0:
-        raise ValueError
+    found = re.fullmatch(r"(?:(\d+)-(?=\d))?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: write HH:MM:SS or D-HH:MM:SS")
+    days, *rest = found.groups()
+    parts = [int(part) for part in rest if part is not None]
+    units = (60, 1, 1 / 60) if days is not None or len(parts) == 3 else (1, 1 / 60)
     total = math.ceil(int(days or 0) * 24 * 60 + sum(part * unit for part, unit in zip(parts, units, strict=False)))
     if total < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError("a slot takes a minute at least")
     return total

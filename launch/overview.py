@@ -13,8 +13,11 @@ from launch import slurm
 from launch.record import JobRecord, read_record
 from uhml.status import RunStatus, read_status
 
-State = Literal["queued", "starting", "running", "requeued", "preempted", "cancelled", "finished", "failed", "lost"]
-UNDER_WAY = ("queued", "starting", "running", "requeued")
+State = Literal[
+    "queued", "starting", "running", "stopping", "requeued", "preempted", "cancelled", "finished", "failed", "lost"
+]
+UNDER_WAY = ("queued", "starting", "running", "stopping", "requeued")
+GONE = "its processes are gone"
 
 # A run tells its step every second or so while it trains, and nothing while it clusters.
 SECONDS_OF_SILENCE = {"train": 15 * 60, "embed": 6 * 3600, "cluster": 24 * 3600, "evaluate": 6 * 3600}
@@ -60,7 +63,7 @@ def look(run_dir: Path) -> View | None:
     record, status = read_record(run_dir, JobRecord), read_status(run_dir)
     if record is None and status is None:
         return None
-    view = View(run=str(run_dir), state="lost", cluster=None, job_id=None)
+    view = View(run=str(run_dir), state="lost")
     if record is not None:
         view = dataclasses.replace(view, cluster=record.cluster, job_id=record.job_id)
     if status is not None:
@@ -93,46 +96,57 @@ def _state(record: JobRecord | None, status: RunStatus | None) -> tuple[State, s
     if record is not None and record.cluster == "slurm":
         return _state_in_slurm(record, status, slurm.ask(record.job_id))
     if record is not None and record.host == socket.gethostname():
-        return _state_here(status, is_controller(int(record.job_id)), started="queued")
+        return _state_of_local_job(record, status, is_controller(int(record.job_id)))
     if status is None:
         return "lost", "it was launched elsewhere and has said nothing"
-    if status.host == socket.gethostname():
-        return _state_here(status, _is_alive(status.pid), started="starting")
-    if status.state in ("starting", "running") and (silence := _silence(status)):
-        return "lost", silence
-    return status.state, status.error or (f"on {status.host}" if status.state == "running" else "")
+    if status.state in ("preempted", "failed"):
+        return status.state, status.error or ""
+    if status.host == socket.gethostname() and not _is_alive(status.pid):
+        return "lost", GONE
+    return status.state, _silence(status) or f"on {status.host}"
 
 
 def _state_in_slurm(record: JobRecord, status: RunStatus | None, job: slurm.Job) -> tuple[State, str]:
+    told = None if status is None else status.state
     if job.waits:
         # Between two slots the run has said "preempted", or, when its node died, nothing.
-        return ("queued" if status is None else "requeued"), job.reason
-    told = None if status is None else status.state
-    if job.is_active:
-        if status is None or told in ("preempted", "starting"):
-            return "starting", ""
-        return ("failed", status.error or "") if told == "failed" else ("running", _silence(status))
+        return ("queued" if told is None else "requeued"), job.reason
     if told == "failed":
         assert status is not None
         return "failed", status.error or ""
+    if job.state == "COMPLETING":
+        return "stopping", ""
+    if job.is_active:
+        if status is None or told in ("preempted", "starting"):
+            return "starting", ""
+        return "running", _silence(status)
     if job.state == "CANCELLED":
         return "cancelled", ""
     if told == "preempted":
         return "preempted", f"SLURM says {job.state}; launch it again to go on"
-    return "failed", f"SLURM says {job.state}; see {record.jobs}"
+    return "failed", _last_words(record) or f"SLURM says {job.state}; see {record.jobs}"
 
 
-def _state_here(status: RunStatus | None, alive: bool, started: State) -> tuple[State, str]:
-    """A run of processes on this machine."""
-    if status is None:
-        return (started, "") if alive else ("lost", "its processes ended before the run began")
-    if status.state in ("preempted", "failed"):
-        if alive and status.state == "preempted":
-            return "requeued", ""
-        return status.state, status.error or ""
-    if not alive:
-        return "lost", "its processes are gone"
-    return status.state, _silence(status)
+def _state_of_local_job(record: JobRecord, status: RunStatus | None, alive: bool) -> tuple[State, str]:
+    if status is not None and status.state == "failed":
+        return "failed", status.error or ""
+    if alive:
+        if status is None or status.state == "preempted":
+            return "starting", ""
+        return status.state, _silence(status)
+    if status is not None and status.state == "preempted":
+        return "preempted", ""
+    words = _last_words(record)
+    return ("failed", words) if words else ("lost", GONE)
+
+
+def _last_words(record: JobRecord) -> str:
+    """The error that ended rank 0 before the run could say anything of itself, if it printed one."""
+    try:
+        printed = (Path(record.jobs) / f"{record.job_id}_0_log.err").read_text(errors="replace")
+    except OSError:
+        return ""
+    return next((line.partition("error: ")[2] for line in reversed(printed.splitlines()) if " error: " in line), "")
 
 
 def _silence(status: RunStatus) -> str:

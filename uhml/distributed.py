@@ -368,4 +368,6 @@ def data_parallel(model: nn.Module) -> nn.Module:
     # the option and warns of the old name.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     option: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    return DistributedDataParallel(model, **option)
+    # Otherwise DDP regroups the gradients after its first backward pass, and from three ranks on the last bit of a sum
+    # depends on the group: a run that went on after an interruption would differ from one that was not interrupted.
+    return DistributedDataParallel(model, find_unused_parameters=world_size() > 2, **option)
