@@ -3,7 +3,7 @@
     python tests/benchmarks/hierarchy.py --out results/ graph with_knn exact million growth
 
 Every measurement is a process of its own, so that its peak of memory is its own; ours and the peers' take turns, and
-the median of the repeats is reported. On a busy machine compare cpu_seconds, with --threads 1. Times leave out
+the median of the repeats is reported; a second call with the same --out adds to its results. On a busy machine compare cpu_seconds, with --threads 1. Times leave out
 imports, the making of the data, and for "graph" the neighbour search. Memory is the peak above what the process held
 before the work (imports and its input). The points are a mixture of Gaussians in 24 dimensions seen through a random
 two-layer network, in 128 dimensions with a little noise: like features of a network, they have few true dimensions.
@@ -243,6 +243,8 @@ class Bench:
         for name, each in runs.items():
             done = [run for run in each if run is not None]
             medians[name] = {key: statistics.median(run[key] for run in done) for key in done[0]} if done else None
+            if done:
+                medians[name]["repeats"] = len(done)
             print(f"{name}, n={n}, k={k}, {geometry}: {_said(medians[name])}", flush=True)
         return medians
 
@@ -289,9 +291,9 @@ def run_growth(bench, sizes):
     """Time and memory over n, both modes; exact mode up to 200,000 points."""
     results = {"graph": {}, "exact": {}}
     for n in sizes:
-        results["graph"][n] = bench.measure(["growth_graph"], n, k=16)["growth_graph"]
+        results["graph"][str(n)] = bench.measure(["growth_graph"], n, k=16)["growth_graph"]
         if n <= 200_000:
-            results["exact"][n] = bench.measure(["exact_ours"], n)["exact_ours"]
+            results["exact"][str(n)] = bench.measure(["exact_ours"], n)["exact_ours"]
     return results
 
 
@@ -324,7 +326,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--n", type=int, default=60_000, help="points for graph, with_knn and exact")
     parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[10_000, 30_000, 100_000, 300_000, 1_000_000, 2_000_000]
+        "--sizes", type=int, nargs="+", default=[10_000, 30_000, 100_000, 200_000, 300_000, 1_000_000, 2_000_000]
     )
     parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
     parser.add_argument("--k", type=int, help=argparse.SUPPRESS)
@@ -340,10 +342,11 @@ def main():
         bench = Bench(args, folder)
         path = args.out / "hierarchy.json"
         results = json.loads(path.read_text()) if path.exists() else {}
-        results["machine"] = {"threads": args.threads, "repeats": args.repeats, "processor": _processor()}
+        results["machine"] = {"threads": args.threads, "processor": _processor()}
         for what in args.what:
             if what == "growth":
-                results[what] = run_growth(bench, args.sizes)
+                for mode, by_n in run_growth(bench, args.sizes).items():
+                    results.setdefault(what, {}).setdefault(mode, {}).update(by_n)
                 plot_growth(results[what], args.out / "growth.png")
             elif what == "million":
                 results[what] = run_million(bench, 1_000_000)

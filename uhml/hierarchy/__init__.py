@@ -28,7 +28,8 @@ Which to use?
 * ``graph`` to find clusters (pseudo-labels, groups, a taxonomy) among real features. It is the fastest, and its
   clusters fit true classes best: with averages over *all* pairs, real features tend to grow one giant cluster and
   stragglers. As all far pairs count the same, heights bunch near the top, at the greatest distance seen: cut it by
-  ``counts`` or ``quantiles``.
+  ``counts`` or ``quantiles``. Where classes are tighter than k neighbours reach, the graph falls into parts; they are
+  joined at that height, in the order of average linkage over all their pairs.
 * ``exact`` where the answer has to be that of textbook average linkage, or heights matter: the tree is that of scipy
   on the full matrix, without the matrix.
 * ``dense`` for the mean of the plain hyperbolic distance, as the article behind uhml defines it. It is scipy itself,
