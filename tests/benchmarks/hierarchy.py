@@ -3,10 +3,11 @@
     python tests/benchmarks/hierarchy.py --out results/ graph with_knn exact million growth
 
 Every measurement is a process of its own, so that its peak of memory is its own; ours and the peers' take turns, and
-the median of the repeats is reported; a second call with the same --out adds to its results. On a busy machine compare cpu_seconds, with --threads 1. Times leave out
-imports, the making of the data, and for "graph" the neighbour search. Memory is the peak above what the process held
-before the work (imports and its input). The points are a mixture of Gaussians in 24 dimensions seen through a random
-two-layer network, in 128 dimensions with a little noise: like features of a network, they have few true dimensions.
+the median of the repeats is reported; a second call with the same --out adds to its results. On a busy machine
+compare cpu_seconds, with --threads 1. Times leave out imports, the making of the data, and for "graph" the neighbour
+search. Memory is the peak above what the process held before the work (imports and its input). The points are a
+mixture of Gaussians in 24 dimensions seen through a random two-layer network, in 128 dimensions with a little noise:
+like features of a network, they have few true dimensions.
 Writes ``hierarchy.json`` and, for "growth", ``growth.png``.
 """
 
@@ -307,8 +308,8 @@ def plot_growth(results, path):
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for axes, key, label in zip(panels, ("seconds", "memory_gib"), ("seconds", "GiB above input"), strict=True):
         for mode, by_n in results.items():
-            n = np.array([int(n) for n, figures in by_n.items() if figures])
-            y = np.array([figures[key] for figures in by_n.values() if figures])
+            n = np.array(sorted(int(n) for n, figures in by_n.items() if figures))
+            y = np.array([by_n[str(points)][key] for points in n])
             slope = np.polyfit(np.log(n), np.log(y), 1)[0] if len(n) > 1 else float("nan")
             axes.loglog(n, y, "o-", label=f"{mode}, slope {slope:.2f}")
         axes.set(xlabel="points", ylabel=label)
