@@ -148,7 +148,7 @@ def _undone_on_error(folders: Sequence[Path]) -> Iterator[None]:
         for folder in new:
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(e, FailedJobError):
-            reason = str(e).splitlines()[-1].removeprefix("sbatch: error: ")
+            reason = str(e).strip().rpartition("\n")[2].removeprefix("sbatch: error: ")
             raise UserError(f"SLURM does not take the job: {reason}") from e
         if isinstance(e, OSError):
             raise UserError(f"The run's folder cannot be written: {e}") from e

@@ -1,0 +1,256 @@
+"""uhml launch without a SLURM: what it would submit, what it refuses, and runs of processes on this machine."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launched import assert_same_run, has_taken, is_finished, printed, uhml, view, wait_for
+
+from launch import overview
+from launch.launch import _minutes
+from launch.record import JobRecord, SweepRecord, read_record, write_record
+from launch.sweep import combinations, folder_name
+from uhml import cli
+from uhml.config import load_config
+from uhml.errors import UserError
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A folder for a run, whose processes do not outlive the test."""
+    run_dir = tmp_path / "run"
+    yield run_dir
+    record = read_record(run_dir, JobRecord)
+    if record is not None and record.cluster == "local" and overview.is_controller(int(record.job_id)):
+        os.kill(int(record.job_id), signal.SIGINT)  # on which submitit kills what it started
+
+
+def launch(*arguments):
+    return cli.main(["launch", *map(str, arguments)])
+
+
+def test_dry_run_shows_the_script_and_changes_nothing(sbatch_only, config, run_dir, capsys):
+    options = ["--nodes", "2", "--gpus-per-node", "8", "--partition", "gpu", "--time", "3-12:30:00", "--mem", "64G"]
+    more = ["--signal-delay", "120", "--cpus-per-task", "4", "--sbatch", "account=vision", "--sbatch", "exclusive"]
+    before = sorted(run_dir.parent.rglob("*"))
+    assert launch(config, "--run-dir", run_dir, *options, *more, "--dry-run") == 0
+    assert sorted(run_dir.parent.rglob("*")) == before
+    script = capsys.readouterr().out
+    for line in (
+        "nodes=2",
+        "ntasks-per-node=8",
+        "gpus-per-node=8",
+        "cpus-per-task=4",
+        "partition=gpu",
+        "time=5070",
+        "mem=64G",
+        "signal=USR2@120",
+        "account=vision",
+        "exclusive",
+        "requeue",
+        "open-mode=append",
+    ):
+        assert f"#SBATCH --{line}\n" in script
+    assert f"export PYTHONPATH={run_dir}/launch/snapshot\n" in script
+    assert f"Each of 16 ranks: uhml train {run_dir}/launch/config.yaml --run-dir {run_dir}\n" in script
+    # Bash has nothing against it.
+    text = script.partition("Would submit by sbatch:\n\n")[2].partition("Each of")[0]
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_dry_run_of_a_sweep_is_one_array(sbatch_only, config, run_dir, capsys):
+    sweep = ["--sweep", "train.seed=0,1,2", "--sweep", "hierarchy.cuts=[30,6],[10]"]
+    assert launch(config, "--run-dir", run_dir, *sweep, "--dry-run") == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0-5%6\n" in script
+    assert script.count("uhml train ") == 6
+    assert "train.seed=2,hierarchy.cuts=[30,6]" in script
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train.num_stepz=3"], "Did you mean 'train.num_steps'?"),
+        (["--gpus-per-node", "2", "--tasks-per-node", "2"], "one process for each GPU"),
+        (["--cluster", "local", "--nodes", "2"], "--nodes is for SLURM"),
+        (["--cluster", "local", "--sweep", "train.seed=0,1"], "--sweep is for SLURM"),
+        (["--sbatch", "nodes=3"], "use the option of uhml launch for nodes"),
+        (["--time", "5"], "raise --time or lower --signal-delay"),
+        (["--sweep", "train.seed"], "write section.key=value,value"),
+        (["--sweep", "train.seed=0,0"], "a value is there twice"),
+        (["--sweep", "train.seed=0,1", "--sweep", "train.seed=2"], "given twice"),
+        (["--sweep", "train.sed=0,1"], "Did you mean 'train.seed'?"),
+        (["train.seed=1", "--sweep", "train.seed=0,1"], "train.seed is given a value, and swept"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(sbatch_only, config, run_dir, caplog, arguments, said):
+    assert launch(config, "--run-dir", run_dir, *arguments) == 2
+    assert said in caplog.text
+    assert not run_dir.exists()
+
+
+def test_without_slurm_the_user_is_told_so(config, run_dir, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", str(run_dir))
+    assert launch(config, "--run-dir", run_dir) == 2
+    assert "There is no SLURM on this machine" in caplog.text
+    assert not run_dir.exists()
+
+
+def test_a_submission_that_fails_leaves_nothing(sbatch_only, config, run_dir, caplog):
+    assert launch(config, "--run-dir", run_dir) == 2
+    assert "SLURM does not take the job" in caplog.text
+    assert not run_dir.exists()
+    (run_dir / "mine").mkdir(parents=True)
+    assert launch(config, "--run-dir", run_dir) == 2
+    assert "holds no run, but other files" in caplog.text
+    assert list(run_dir.rglob("*")) == [run_dir / "mine"]
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("90", 90), ("10:30", 11), ("24:00:00", 1440), ("1-12", 2160), ("2-00:30", 2910), ("1-02:03:04", 1564)],
+)
+def test_times_are_understood_as_slurm_does(text, minutes):
+    assert _minutes(text) == minutes
+
+
+def test_sweep_values():
+    assert combinations(["a.b=1,2", "c.d=[1,2],[3]"]) == [
+        {"a.b": "1", "c.d": "[1,2]"},
+        {"a.b": "1", "c.d": "[3]"},
+        {"a.b": "2", "c.d": "[1,2]"},
+        {"a.b": "2", "c.d": "[3]"},
+    ]
+    assert combinations([]) == [{}]
+    assert folder_name({"a.b": "1", "model.init_from": "runs/x"}) == "a.b=1,model.init_from=runs_x"
+    with pytest.raises(UserError, match="twice"):
+        combinations(["a.b=1,1"])
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_local_run_from_launch_to_end_preempted_and_cancelled_on_the_way(config, run_dir, tmp_path):
+    """Two ranks; SIGUSR2 starts it again, uhml cancel does not, and a second launch goes on to the same end."""
+    assert "uhml status" in uhml("launch", config, "--cluster", "local", "--tasks-per-node", "2", "--run-dir", run_dir)
+    assert view(run_dir)["state"] == "starting"
+    assert load_config(run_dir / "launch" / "config.yaml") == load_config(config)
+    status = wait_for(run_dir, "training", has_taken(2))
+    os.kill(status.pid, signal.SIGUSR2)
+    wait_for(run_dir, "started again", lambda status: status.restarts == 1 and status.state == "running")
+    wait_for(run_dir, "training", has_taken(status.step + 2))
+    uhml("cancel", run_dir)
+    wait_for(run_dir, "preempted", lambda status: status.state == "preempted")
+    job = int(read_record(run_dir, JobRecord).job_id)
+    wait_until(lambda: not overview.is_controller(job))
+    assert view(run_dir)["state"] == "preempted"
+    assert "nothing to cancel" in uhml("cancel", run_dir, expect=2)
+
+    uhml("launch", config, "--cluster", "local", "--tasks-per-node", "2", "--run-dir", run_dir)
+    assert wait_for(run_dir, "finished", is_finished).restarts == 2
+    found = view(run_dir)
+    assert (found["state"], found["step"], found["num_steps"]) == ("finished", 50, 50)
+    assert set(found["recall"]) == {"frozen", "untrained", "trained"}
+    assert "is finished" in uhml("launch", config, "--cluster", "local", "--run-dir", run_dir, expect=2)
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "uhml"]
+    unbroken = tmp_path / "unbroken"
+    subprocess.run([*torchrun, "train", config, "--run-dir", unbroken], check=True, capture_output=True, timeout=200)
+    assert_same_run(unbroken, run_dir)
+
+
+@pytest.mark.slow
+def test_a_run_keeps_to_the_code_of_its_launch(config, run_dir, tmp_path, monkeypatch):
+    """Code that is edited after the launch, also between two starts, does not reach the run."""
+    repository = Path(__file__).parent.parent.parent
+    checkout = tmp_path / "checkout"
+    for package in ("uhml", "launch"):
+        shutil.copytree(repository / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setenv("PYTHONPATH", str(checkout))
+    monkeypatch.chdir(checkout)
+    uhml("launch", config, "--cluster", "local", "--run-dir", run_dir)
+    # At once, long before the ranks have imported anything of it; and what they start later imports it later still.
+    edited = checkout / "uhml" / "train.py"
+    edited.write_text("raise RuntimeError('edited')\n")
+    status = wait_for(run_dir, "training", has_taken(2))
+    os.kill(status.pid, signal.SIGUSR2)
+    wait_for(run_dir, "finished", is_finished)
+    assert read_record(run_dir, JobRecord).cluster == "local"
+    assert "edited" not in printed(run_dir)
+    # The edit is there for who launches next.
+    failed = tmp_path / "next"
+    uhml("launch", config, "--cluster", "local", "--run-dir", failed)
+    wait_until(lambda: not overview.is_controller(int(read_record(failed, JobRecord).job_id)))
+    assert "RuntimeError: edited" in printed(failed)
+
+
+@pytest.mark.slow
+def test_failed_local_run_says_why(config, run_dir, tmp_path):
+    wrong = [f"data.root={tmp_path}/mistyped", "data.dataset=folder"]
+    uhml("launch", config, *wrong, "--cluster", "local", "--run-dir", run_dir)
+    wait_until(lambda: not overview.is_controller(int(read_record(run_dir, JobRecord).job_id)))
+    found = view(run_dir)
+    assert found["state"] == "failed"
+    assert "mistyped is no folder" in found["note"]
+
+
+def test_table_of_a_sweep(tmp_path, capsys):
+    """Two of three seeds have finished, with known scores."""
+    names = [f"train.seed={seed}" for seed in range(3)]
+    for name, recall in zip(names, (0.5, 0.7, None), strict=True):
+        folder = tmp_path / name
+        (folder / "launch").mkdir(parents=True)
+        status = finished_status() if recall else {**finished_status(), "state": "preempted", "step": 3}
+        (folder / "status.json").write_text(json.dumps(status))
+        if recall:
+            row = {"recall_at_k": {"1": recall, "4": 0.9}, "map_at_r": 0.1, "nmi": 0.2}
+            frozen = {**row, "recall_at_k": {"1": 0.4, "4": 0.8}}
+            (folder / "result.json").write_text(json.dumps({"frozen": frozen, "start": row, "trained": row}))
+    (tmp_path / "launch").mkdir()
+    write_record(tmp_path, SweepRecord(runs=names, values=[{"train.seed": str(seed)} for seed in range(3)]))
+    assert cli.main(["status", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "R@1 of unseen classes" in shown
+    assert "60.0 ± 14.1" in shown
+    assert "40.0 ± 0.0" in shown
+    assert "preempted" in shown
+    assert cli.main(["status", "--json", str(tmp_path)]) == 0
+    assert [found["state"] for found in json.loads(capsys.readouterr().out)] == ["finished", "finished", "preempted"]
+
+
+def test_status_of_no_run_suggests_one(tmp_path, caplog):
+    (tmp_path / "sop-lite0").mkdir()
+    assert cli.main(["status", str(tmp_path / "sop-lit0")]) == 2
+    assert "Did you mean 'sop-lite0'?" in caplog.text
+    assert cli.main(["status", str(tmp_path / "sop-lite0")]) == 2
+    assert "holds no run" in caplog.text
+
+
+def finished_status():
+    return {
+        "state": "finished",
+        "phase": "evaluate",
+        "step": 9,
+        "num_steps": 9,
+        "restarts": 1,
+        "seconds_per_step": 0.5,
+        "updated_at": "2026-01-01T00:00:00+00:00",
+        "started_at": "2026-01-01T00:00:00+00:00",
+        "host": "elsewhere",
+        "pid": 1,
+        "world_size": 1,
+        "error": None,
+    }
+
+
+def wait_until(condition, timeout=120):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

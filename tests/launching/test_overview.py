@@ -1,0 +1,110 @@
+"""How a run stands, from what SLURM says and what the run says."""
+
+import dataclasses
+import datetime
+import os
+import socket
+import subprocess
+
+import pytest
+
+from launch import overview, slurm
+from launch.record import JobRecord, write_record
+from uhml.status import RunStatus, write_status
+
+HERE = socket.gethostname()
+
+
+def status(state, **changes):
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    plain = RunStatus(
+        state=state,
+        phase="train",
+        step=10,
+        num_steps=100,
+        restarts=2,
+        seconds_per_step=60.0,
+        updated_at=now,
+        started_at=now,
+        host="n17",
+        pid=1,
+        world_size=4,
+        error="the loss is nan" if state == "failed" else None,
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+@pytest.fixture
+def dead_pid():
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize(
+    ("said_by_slurm", "said_by_run", "state", "note"),
+    [
+        (("PENDING", "Resources"), None, "queued", "Resources"),
+        (("PENDING", "BeginTime"), "preempted", "requeued", "BeginTime"),
+        (("PENDING", "Priority"), "running", "requeued", "Priority"),
+        (("RUNNING", ""), None, "starting", ""),
+        (("RUNNING", ""), "preempted", "starting", ""),
+        (("RUNNING", ""), "running", "running", ""),
+        (("RUNNING", ""), "failed", "failed", "the loss is nan"),
+        (("COMPLETING", ""), "running", "stopping", ""),
+        (("CANCELLED", ""), "preempted", "cancelled", ""),
+        (("CANCELLED", ""), None, "cancelled", ""),
+        (("FAILED", ""), "failed", "failed", "the loss is nan"),
+        (("OUT_OF_MEMORY", ""), "running", "failed", "SLURM says OUT_OF_MEMORY"),
+        (("FAILED", ""), None, "failed", "SLURM says FAILED"),
+        (("COMPLETED", ""), "preempted", "preempted", "launch it again"),
+        (("UNKNOWN", ""), "finished", "finished", ""),
+    ],
+)
+def test_state_of_a_job(tmp_path, monkeypatch, said_by_slurm, said_by_run, state, note):
+    (tmp_path / "launch").mkdir()
+    record = JobRecord(cluster="slurm", job_id="7", host=HERE, submitted_at="", num_ranks=4, jobs=str(tmp_path / "no"))
+    write_record(tmp_path, record)
+    if said_by_run is not None:
+        write_status(tmp_path, status(said_by_run))
+    if said_by_run == "finished":
+        (tmp_path / "result.json").write_text('{"frozen": null, "start": null, "trained": null}')
+    monkeypatch.setattr(slurm, "ask", lambda job_id: slurm.Job(*said_by_slurm))
+    found = overview.look(tmp_path)
+    assert found.state == state
+    assert note in found.note
+    assert bool(note) == bool(found.note)
+    assert found.job_id == "7"
+    assert found.is_under_way == (state in ("queued", "requeued", "starting", "running", "stopping"))
+
+
+def test_a_run_without_a_job(tmp_path, dead_pid):
+    assert overview.look(tmp_path) is None
+    write_status(tmp_path, status("running", host=HERE, pid=os.getpid()))
+    found = overview.look(tmp_path)
+    assert (found.state, found.seconds_left, found.restarts) == ("running", 90 * 60.0, 2)
+    write_status(tmp_path, status("running", host=HERE, pid=dead_pid))
+    assert overview.look(tmp_path).state == "lost"
+    write_status(tmp_path, status("preempted", host=HERE, pid=os.getpid()))
+    assert overview.look(tmp_path).state == "preempted"
+    write_status(tmp_path, status("failed", host=HERE, pid=dead_pid))
+    assert (overview.look(tmp_path).state, overview.look(tmp_path).note) == ("failed", "the loss is nan")
+
+
+def test_silence_is_told(tmp_path):
+    write_status(tmp_path, status("running"))
+    assert overview.look(tmp_path).note == "on n17"
+    long_ago = (datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=2, minutes=5)).isoformat()
+    write_status(tmp_path, status("running", updated_at=long_ago))
+    assert overview.look(tmp_path).note.startswith("not heard of for 2 h 5 min")
+    # Clustering says nothing for longer.
+    write_status(tmp_path, status("running", updated_at=long_ago, phase="cluster"))
+    assert overview.look(tmp_path).note == "on n17"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59, "59 s"), (61, "1 min"), (3600, "1 h"), (7500, "2 h 5 min"), (90000, "1 d 1 h")],
+)
+def test_durations(seconds, text):
+    assert overview.readable(seconds) == text
