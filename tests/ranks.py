@@ -17,7 +17,7 @@ from uhml import distributed
 # Forked from a server that has imported the slow modules once and run nothing: as fast as fork, and no thread of the
 # test's own process is copied half-way.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "hypothesis", "uhml.metrics", "uhml.model", "uhml.data.loading"])
+CONTEXT.set_forkserver_preload(["pytest", "hypothesis", "uhml.cli", "uhml.train"])
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:

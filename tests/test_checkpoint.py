@@ -1,11 +1,14 @@
+import os
 import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from uhml import checkpoint
-from uhml.checkpoint import load_weights, save_checkpoint
+from uhml.checkpoint import DamagedFile, load_weights, newest_checkpoint, read_file, save_checkpoint
 from uhml.config import OptimConfig
 from uhml.errors import UserError
 from uhml.model import Embedder, HyperbolicHead
@@ -28,7 +31,7 @@ def refusal(model, source):
 
 def test_what_is_saved_is_loaded(tmp_path):
     source, target = network(), network()
-    path = save_checkpoint(tmp_path, 12, {"step": 12, "model": source.state_dict(), "config": "train: {}\n"})
+    path = save_checkpoint(tmp_path, 12, {"step": 12, "model": source.state_dict(), "config": "train: {}\n"}, 3)
     assert path == tmp_path / "step-00000012.pt"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     load_weights(target, str(path))
@@ -42,14 +45,14 @@ def test_the_newest_checkpoint_of_a_runs_folder_is_taken(tmp_path):
     for step in (900, 1000, 20):
         model = network()
         nn.init.constant_(model[0].weight, step)
-        save_checkpoint(folder, step, {"model": model.state_dict()})
+        save_checkpoint(folder, step, {"model": model.state_dict()}, 3)
     load_weights(target, str(tmp_path))
     assert (target[0].weight == 1000).all()
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("disk full")])
 def test_a_failing_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, error):
-    path = save_checkpoint(tmp_path, 1, {"model": {"a": torch.ones(2)}})
+    path = save_checkpoint(tmp_path, 1, {"model": {"a": torch.ones(2)}}, 3)
     old = path.read_bytes()
 
     def fail(state, file):
@@ -57,8 +60,8 @@ def test_a_failing_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         raise error
 
     monkeypatch.setattr(checkpoint.torch, "save", fail)
-    with pytest.raises(UserError, match="cannot be written: disk full"):
-        save_checkpoint(tmp_path, 1, {})
+    with pytest.raises(UserError, match=r"cannot be written \(disk full\)"):
+        save_checkpoint(tmp_path, 1, {}, 3)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_bytes() == old
 
@@ -71,15 +74,15 @@ def test_nor_does_an_interrupted_one(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(checkpoint.torch, "save", fail)
     with pytest.raises(type(error)):
-        save_checkpoint(tmp_path, 1, {})
+        save_checkpoint(tmp_path, 1, {}, 3)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_new_file_takes_the_place_of_the_old_in_one_step(tmp_path):
-    path = save_checkpoint(tmp_path, 1, {"model": {"a": torch.ones(2)}})
+    path = save_checkpoint(tmp_path, 1, {"model": {"a": torch.ones(2)}}, 3)
     old = path.read_bytes()
     with path.open("rb") as reader:
-        save_checkpoint(tmp_path, 1, {"model": {"a": torch.zeros(2)}})
+        save_checkpoint(tmp_path, 1, {"model": {"a": torch.zeros(2)}}, 3)
         # Who reads the old one meanwhile reads all of it.
         assert reader.read() == old
     assert path.read_bytes() != old
@@ -87,14 +90,87 @@ def test_a_new_file_takes_the_place_of_the_old_in_one_step(tmp_path):
 
 def test_the_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda fd: synced.append([p.name for p in tmp_path.iterdir()]))
-    save_checkpoint(tmp_path, 1, {})
-    assert synced == [["step-00000001.partial"]]
+
+    def fsync(descriptor):
+        what = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append((what.name, [p.name for p in tmp_path.iterdir()]))
+
+    monkeypatch.setattr(checkpoint.os, "fsync", fsync)
+    save_checkpoint(tmp_path, 1, {}, 3)
+    # The file under its first name, then the folder with the new one.
+    assert synced == [
+        ("step-00000001.partial", ["step-00000001.partial"]),
+        (tmp_path.name, ["step-00000001.pt"]),
+    ]
+
+
+def steps(folder):
+    return sorted(int(path.stem[5:]) for path in folder.iterdir())
+
+
+def test_the_newest_are_kept_and_none_goes_before_the_new_one_is_safe(tmp_path, monkeypatch):
+    for step in (2, 4, 6):
+        save_checkpoint(tmp_path, step, {"step": step}, 2)
+    assert steps(tmp_path) == [4, 6]
+
+    def fail(state, file):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.torch, "save", fail)
+        with pytest.raises(UserError, match="disk full"):
+            save_checkpoint(tmp_path, 8, {}, 1)
+    assert steps(tmp_path) == [4, 6]
+    # One that a run went back behind does not push out those it goes on with.
+    save_checkpoint(tmp_path, 5, {"step": 5}, 2)
+    assert steps(tmp_path) == [4, 5, 6]
+    save_checkpoint(tmp_path, 6, {"step": 6}, 1)
+    assert steps(tmp_path) == [6]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a
+    )
+
+
+def test_a_single_flipped_bit_is_noticed_wherever_it_is(tmp_path):
+    state = {"step": 3, "a": torch.arange(5.0), "b": torch.ones(2, 3)}
+    path = save_checkpoint(tmp_path, 3, state, 3)
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    assert same(read_file(path), state)
+    noticed = 0
+    for place in random.permutation(len(whole))[:600]:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << int(random.integers(8))
+        path.write_bytes(flipped)
+        try:
+            # In what the archive merely repeats, or pads with, a bit makes no difference.
+            assert same(read_file(path), state)
+        except DamagedFile:
+            noticed += 1
+    assert noticed > 100
+
+
+def test_a_damaged_newest_is_named_and_skipped(tmp_path, caplog):
+    assert newest_checkpoint(tmp_path) is None
+    paths = [save_checkpoint(tmp_path, step, {"step": step, "a": torch.ones(99)}, 3) for step in (1, 2, 3)]
+    assert newest_checkpoint(tmp_path) == paths[2]
+    flipped = bytearray(paths[2].read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    paths[2].write_bytes(flipped)
+    paths[1].write_bytes(b"")
+    assert newest_checkpoint(tmp_path) == paths[0]
+    assert str(paths[2]) in caplog.text
+    assert str(paths[1]) in caplog.text
+    paths[0].write_bytes(paths[0].read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"All 3 checkpoints in .* are damaged"):
+        newest_checkpoint(tmp_path)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere/step-00000001\.pt cannot be written"):
-        save_checkpoint(tmp_path / "nowhere", 1, {})
+        save_checkpoint(tmp_path / "nowhere", 1, {}, 3)
 
 
 def test_what_is_no_checkpoint_of_this_network_is_refused(tmp_path):
@@ -115,7 +191,7 @@ def test_what_is_no_checkpoint_of_this_network_is_refused(tmp_path):
     for content in (b"", b"not a checkpoint", b"PK\x03\x04cut off"):
         file.write_bytes(content)
         assert "is damaged or no checkpoint of uhml" in refusal(model, file)
-    whole = save_checkpoint(tmp_path, 1, {"model": model.state_dict()}).read_bytes()
+    whole = save_checkpoint(tmp_path, 1, {"model": model.state_dict()}, 3).read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     assert "is damaged or no checkpoint of uhml" in refusal(model, file)
 
@@ -152,7 +228,7 @@ def test_all_that_the_trainer_saves_is_read_without_unpickling(tmp_path):
         "levels": torch.zeros(3, 9, dtype=torch.int32),
         "config": "train: {}\n",
     }
-    read = torch.load(save_checkpoint(tmp_path, 1, state), weights_only=True)
+    read = torch.load(save_checkpoint(tmp_path, 1, state, 3), weights_only=True)
     assert read["schedule"] == schedule.state_dict()
     assert read["optimizer"]["param_groups"] == optimizer.state_dict()["param_groups"]
 

@@ -1,6 +1,9 @@
 """Whole runs, started as their users start them."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +14,16 @@ import torch
 from PIL import Image, ImageDraw
 
 import uhml.train
-from uhml import cli
-from uhml.config import load_config
+from uhml import cli, poincare
+from uhml.config import load_config, parse_dump
+from uhml.data.loading import training_batches
+from uhml.data.transforms import training_transform
+from uhml.data.verify import list_pictures
 from uhml.hierarchy import Dendrogram
+from uhml.loss import HierarchicalLogRatioLoss, similarity_levels
+from uhml.model import build_embedder
+from uhml.random_state import restore_random_state
+from uhml.status import read_status
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NUM_CLASSES, PER_CLASS = 8, 9
@@ -68,6 +78,18 @@ def figures(run_dir, kind):
     return [line for line in lines if line["kind"] == kind]
 
 
+def stop_after(step, monkeypatch):
+    """Send this process SIGTERM within a step, as a cluster would."""
+    true_step = uhml.train.train_step
+
+    def signalled(model, images, pictures, state, *rest):
+        if state.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true_step(model, images, pictures, state, *rest)
+
+    monkeypatch.setattr(uhml.train, "train_step", signalled)
+
+
 def result(run_dir):
     return json.loads((run_dir / "result.json").read_text())
 
@@ -88,6 +110,10 @@ def test_run_leaves_exactly_these_files(finished, shapes, config):
         "config.yaml",
         "metrics.jsonl",
         "result.json",
+        "status.json",
+        "lock",
+        "checkpoints/step-00000000.pt",
+        "checkpoints/step-00000002.pt",
         "checkpoints/step-00000004.pt",
         "hierarchy.npz",
         "logs/rank0.log",
@@ -223,39 +249,103 @@ def test_a_run_is_never_overwritten_unasked(finished, shapes, config, caplog):
     assert result(finished)["steps"] == 2
 
 
-def test_a_run_that_never_began_leaves_its_folder_free(shapes, config, tmp_path, caplog):
+def test_a_mistake_leaves_no_folder(shapes, config, tmp_path, caplog):
     run_dir = tmp_path / "run"
-    assert run(config, tmp_path / "mistyped", run_dir) == 2
-    assert "mistyped is no folder" in caplog.text
-    assert "mistyped is no folder" in (run_dir / "logs" / "rank0.log").read_text()
-    assert run(config, shapes, run_dir, "train.num_steps=0") == 0
+    for mistake, words in (
+        (f"data.root={tmp_path}/mistyped", "mistyped is no folder"),
+        ("model.backbone=resnet9000", "timm has no such model"),
+        ("train.global_batch_size=160", "global_batch_size=72 is the largest that fits"),
+    ):
+        assert run(config, shapes, run_dir, mistake, "model.weights=random") == 2
+        assert words in caplog.text
+        assert not run_dir.exists()
 
 
-def test_nan_stops_before_the_step(shapes, config, tmp_path, caplog, monkeypatch):
-    seen = []
-    true_step = uhml.train.train_step
+def test_the_first_and_the_last_step_are_always_logged(shapes, config, tmp_path):
+    assert run(config, shapes, tmp_path / "run", "train.log_every=1000") == 0
+    assert [line["step"] for line in figures(tmp_path / "run", "train")] == [1, 4]
+    assert all(np.isfinite(line["loss"]) for line in figures(tmp_path / "run", "train"))
 
-    def poisoned_step(model, images, *rest):
-        if len(seen) == 2:
-            images = images * torch.nan
-        seen.append({name: value.clone() for name, value in model.state_dict().items()})
-        try:
-            return true_step(model, images, *rest)
-        except Exception:
-            assert all(torch.equal(value, seen[-1][name]) for name, value in model.state_dict().items())
-            raise
 
-    monkeypatch.setattr(uhml.train, "train_step", poisoned_step)
-    assert run(config, shapes, tmp_path / "run") == 2
-    assert "Step 2: the loss is nan" in caplog.text
-    assert len(seen) == 3
+def test_nan_stops_before_the_step_and_leaves_what_reproduces_it(shapes, config, tmp_path, caplog):
+    run_dir = tmp_path / "run"
+    # One step of this length throws the weights so far that the next one's loss overflows.
+    assert run(config, shapes, run_dir, "optim.learning_rate=1e30", "train.checkpoint_every=1") == 2
+    assert "Step 1: the loss is nan (from rank 0 of 1)" in caplog.text
+    path = run_dir / "nan-step-00000001.pt"
+    assert str(path) in caplog.text
+    assert read_status(run_dir).state == "failed"
+    left = torch.load(path, weights_only=True)
+    # The weights of the last good step, and from them and the rest the loss again.
+    saved = torch.load(run_dir / "checkpoints" / "step-00000001.pt", weights_only=True)
+    assert all(torch.equal(value, saved["model"][name]) for name, value in left["model"].items())
+    options = parse_dump(left["config"])
+    model = build_embedder(options.model, options.data.image_size)
+    model.load_state_dict(left["model"])
+    restore_random_state(left["random_states"][0])
+    transform = training_transform(options.data, model.backbone.mean, model.backbone.std)
+    batch = left["pictures"].numpy()[:: options.mining.num_views]
+    loader = training_batches(
+        list_pictures(options.data).train, transform, lambda _: batch, range(1, 2), num_views=2, seed=0, num_workers=0
+    )
+    images, pictures = next(iter(loader))
+    assert torch.equal(pictures, left["pictures"])
+    points = model.train()(images)
+    distances = poincare.distance_matrix(points, points, options.model.curvature)
+    similarity = similarity_levels(left["levels"], pictures, pictures)
+    loss, _ = HierarchicalLogRatioLoss(options.loss.omega, 4)(distances, similarity, torch.eye(16, dtype=torch.bool))
+    assert not torch.isfinite(loss)
+    # Nothing is lost: with another learning rate it goes on.
+    cure = ["optim.learning_rate=1e-5", "train.num_steps=1"]
+    assert run(config, shapes, run_dir, *cure) == 2
+    assert "optim.learning_rate: 1e+30 -> 1e-05" in caplog.text
+
+
+def test_going_on_needs_no_permission_for_what_changes_nothing(shapes, config, tmp_path, caplog, monkeypatch):
+    whole, cut, elsewhere = tmp_path / "whole", tmp_path / "cut", tmp_path / "elsewhere"
+    assert run(config, shapes, whole) == 0
+    stop_after(3, monkeypatch)
+    assert run(config, shapes, cut) == 75
+    assert "Stopped by SIGTERM after step 3 of 4, which is saved" in caplog.text
+    assert read_status(cut).state == "preempted"
+    monkeypatch.undo()
+    assert run(config, shapes, cut, "optim.weight_decay=0.5") == 2
+    assert "optim.weight_decay: 0.01 -> 0.5" in caplog.text
+    shutil.copytree(shapes, elsewhere)
+    (elsewhere / "corners03" / "new.png").write_bytes((elsewhere / "corners03" / "0.png").read_bytes())
+    assert run(config, elsewhere, cut) == 2
+    assert "The run began with 36 + 36 pictures, and there are 37 + 36 now" in caplog.text
+    (elsewhere / "corners03" / "new.png").unlink()
+    assert run(config, elsewhere, cut, "data.num_workers=0", "train.checkpoint_every=1") == 0
+    assert (cut / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert {**result(cut), "seconds": 0} == {**result(whole), "seconds": 0}
+    assert read_status(cut).restarts == 2
+
+
+def test_an_allowed_change_holds_from_there_on(shapes, config, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    stop_after(3, monkeypatch)
+    assert run(config, shapes, run_dir) == 75
+    monkeypatch.undo()
+    changes = ["optim.learning_rate=1e-5", "optim.weight_decay=0.5", "hierarchy.cuts=[9,2]", "train.num_steps=6"]
+    keys = ",".join(change.split("=")[0] for change in changes)
+    assert run(config, shapes, run_dir, *changes, "--allow-change", keys) == 0
+    steps = figures(run_dir, "train")
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert steps[2]["learning_rate"] == pytest.approx(1e-4 * 0.5 * (1 + np.cos(np.pi * 2 / 4)))
+    assert steps[3]["learning_rate"] == pytest.approx(1e-5 * 0.5 * (1 + np.cos(np.pi * 3 / 6)))
+    # New cuts are made at once.
+    assert [line["step"] for line in figures(run_dir, "hierarchy")] == [0, 2, 3, 4, 6]
+    assert figures(run_dir, "hierarchy")[-1]["level2_clusters"] == 2
+    saved = torch.load(run_dir / "checkpoints" / "step-00000006.pt", weights_only=True)
+    assert {group["weight_decay"] for group in saved["optimizer"]["param_groups"]} == {0.5, 0.0}
 
 
 @pytest.mark.ddp
 def test_one_ranks_error_ends_all_ranks_with_its_message(shapes, config, tmp_path):
     ended = torchrun(2, config, shapes, tmp_path / "run", "train.global_batch_size=400")
     assert ended.returncode != 0
-    assert "lower train.global_batch_size" in ended.stderr
+    assert ended.stderr.count("train.global_batch_size=72 is the largest that fits") == 1
 
 
 @pytest.mark.slow

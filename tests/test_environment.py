@@ -1,0 +1,36 @@
+import pytest
+
+from uhml.environment import Place, place
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+STEP = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "5",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, Place("single")),
+        (TORCHRUN, Place("torchrun", 5, 8, 1, 4)),
+        (STEP, Place("slurm", 3, 5, 1, 2)),
+        ({**STEP, "SLURM_PROCID": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "2"}, Place("slurm", 4, 5, 0, 1)),
+        # torchrun inside of SLURM knows better, as one srun task starts many ranks.
+        ({**STEP, **TORCHRUN}, Place("torchrun", 5, 8, 1, 4)),
+        # A batch script, or a shell under salloc.
+        ({k: v for k, v in STEP.items() if k != "SLURM_STEP_ID"}, Place("single")),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, Place("single")),
+    ],
+)
+def test_torchrun_comes_before_slurm_and_a_step_of_one_is_single(monkeypatch, variables, expected):
+    for name in (*TORCHRUN, *STEP):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert place() == expected

@@ -1,0 +1,68 @@
+import dataclasses
+import json
+import os
+import socket
+
+import pytest
+
+from uhml import status
+from uhml.interruption import Preempted
+from uhml.status import StatusReport, read_status, reported, write_status
+
+
+def report(folder, **options):
+    return StatusReport(folder, 10, 2, **{"active": True, "before": None, **options})
+
+
+def test_what_is_written_is_read(tmp_path):
+    assert read_status(tmp_path) is None
+    report(tmp_path)
+    found = read_status(tmp_path)
+    assert (found.state, found.step, found.num_steps, found.restarts, found.world_size) == ("starting", 0, 10, 0, 2)
+    assert (found.host, found.pid) == (socket.gethostname(), os.getpid())
+    assert found.updated_at.endswith("+00:00")
+    later = dataclasses.replace(found, step=7)
+    write_status(tmp_path, later)
+    assert read_status(tmp_path) == later
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+    (tmp_path / "status.json").write_text(json.dumps({"state": "running"}))
+    with pytest.raises(ValueError, match="no status of a run"):
+        read_status(tmp_path)
+
+
+def test_steps_are_told_once_a_second_with_their_pace(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(status.time, "monotonic", lambda: now[0])
+    running = report(tmp_path)
+    running.phase("train")
+    told = []
+    for step in range(1, 11):
+        now[0] += 0.25
+        running.step(step)
+        told.append(read_status(tmp_path).step)
+    assert told == [0, 0, 0, 0, 5, 5, 5, 5, 5, 10]
+    assert read_status(tmp_path).seconds_per_step == pytest.approx(0.25)
+    running.phase("evaluate")
+    assert (read_status(tmp_path).phase, read_status(tmp_path).step) == ("evaluate", 10)
+
+
+def test_the_end_is_told_and_the_next_launch_counts_on(tmp_path):
+    for error, state, said in (
+        (Preempted(15), "preempted", None),
+        (ZeroDivisionError("two\nlines"), "failed", "two lines"),
+        (KeyError(), "failed", "KeyError"),
+    ):
+        with pytest.raises(type(error)), reported(report(tmp_path)):
+            raise error
+        assert (read_status(tmp_path).state, read_status(tmp_path).error) == (state, said)
+    first = read_status(tmp_path)
+    with reported(report(tmp_path, before=first)):
+        now = read_status(tmp_path)
+        assert (now.state, now.restarts, now.error, now.started_at) == ("starting", 1, None, first.started_at)
+    assert read_status(tmp_path).state == "finished"
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    with reported(report(tmp_path, active=False)) as running:
+        running.phase("train")
+    assert list(tmp_path.iterdir()) == []
