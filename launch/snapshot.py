@@ -1,5 +1,6 @@
 """A copy of the code, so that what is edited after the submission does not reach a run that waits or is requeued."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def take_snapshot(folder: Path) -> None:
 def environment(folder: Path) -> dict[str, str]:
     """Return the variables by which Python takes the packages from the snapshot in ``folder``."""
     # Without PYTHONSAFEPATH, `python -m` looks into the current folder first: the checkout, as likely as not.
-    return {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
+    users = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": f"{folder}:{users}" if users else str(folder), "PYTHONSAFEPATH": "1"}
 
 
 def is_in_use(folder: Path) -> bool:

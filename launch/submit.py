@@ -82,7 +82,7 @@ def submit(resources: Resources, run_dir: Path, runs: dict[Path, Config]) -> lis
             (own_dir / FOLDER / "config.yaml").write_text(dump_config(config))
             jobs.append(TrainingJob(own_dir, own_dir / FOLDER / "config.yaml", _code(run_dir)))
         snapshot.take_snapshot(_code(run_dir))
-        with _local_environment(run_dir) if resources.cluster == "local" else contextlib.nullcontext():
+        with _apart_from_terminal(resources, run_dir) if resources.cluster == "local" else contextlib.nullcontext():
             submitted: Sequence[Job[Any]] = executor.submit_array(jobs) if len(jobs) > 1 else [executor.submit(jobs[0])]
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     records = [
@@ -105,8 +105,12 @@ def _code(run_dir: Path) -> Path:
     return run_dir / FOLDER / "snapshot"
 
 
+def _variables(resources: Resources, run_dir: Path) -> dict[str, str]:
+    """Return the environment of the ranks, as far as it is not the user's."""
+    return {**snapshot.environment(_code(run_dir)), "OMP_NUM_THREADS": str(resources.cpus_per_task or 1)}
+
+
 def _executor(resources: Resources, run_dir: Path) -> AutoExecutor:
-    variables = {**snapshot.environment(_code(run_dir)), "OMP_NUM_THREADS": str(resources.cpus_per_task or 1)}
     # A signal that arrives before Python listens would be the end.
     python = f"""sh -c 'trap "" TERM USR2; exec "$@"' sh {shlex.quote(sys.executable)}"""
     try:
@@ -132,7 +136,7 @@ def _executor(resources: Resources, run_dir: Path) -> AutoExecutor:
         # A rank that dies takes its job along; srun asks for CPUs by itself since SLURM 22.05.
         slurm_srun_args=["--kill-on-bad-exit=1"]
         + ([f"--cpus-per-task={resources.cpus_per_task}"] if resources.cpus_per_task else []),
-        slurm_setup=[f"export {name}={shlex.quote(value)}" for name, value in variables.items()],
+        slurm_setup=[f"export {name}={shlex.quote(value)}" for name, value in _variables(resources, run_dir).items()],
         slurm_additional_parameters={"requeue": True, **resources.sbatch},
     )
     return executor
@@ -156,11 +160,11 @@ def _undone_on_error(folders: Sequence[Path]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _local_environment(run_dir: Path) -> Iterator[None]:
-    """Give processes that are started meanwhile the snapshot's code, and a log for the terminal."""
+def _apart_from_terminal(resources: Resources, run_dir: Path) -> Iterator[None]:
+    """Give processes that are started meanwhile the ranks' environment, and a file in the place of the terminal."""
     log = run_dir / FOLDER / "jobs" / "controller.log"
     terminal = os.dup(1), os.dup(2)
-    with log.open("a") as file, environment_variables(**snapshot.environment(_code(run_dir))):
+    with log.open("a") as file, environment_variables(**_variables(resources, run_dir)):
         # They outlive this command, and whoever reads its output must not wait for them.
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

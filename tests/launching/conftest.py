@@ -19,3 +19,4 @@ def sbatch_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (programs / name).write_text("#!/bin/sh\nexit 1\n")
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(programs), prepend=":")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
