@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ class TrainingJob(Checkpointable):
         run_dir: the run's folder, with its config and maybe its checkpoints.
         config: the resolved config file.
         code: the snapshot that the ranks must take their code from.
+        allow_change: keys of the config that may differ from an unfinished run's.
     """
 
-    def __init__(self, run_dir: Path, config: Path, code: Path) -> None:
-        self.run_dir, self.config, self.code = run_dir, config, code
+    def __init__(self, run_dir: Path, config: Path, code: Path, allow_change: Sequence[str] = ()) -> None:
+        self.run_dir, self.config, self.code, self.allow_change = run_dir, config, code, allow_change
 
     def __call__(self) -> dict[str, Any]:
         """Train, or go on with the training, and return what ``result.json`` holds.
@@ -73,7 +75,7 @@ class TrainingJob(Checkpointable):
             return result
         from uhml.train import train
 
-        return train(load_config(self.config), self.run_dir)
+        return train(load_config(self.config), self.run_dir, allow_change=self.allow_change)
 
 
 def _must_ask_for_requeue(here: JobEnvironment, preemption: Preempted) -> bool:

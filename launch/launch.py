@@ -14,7 +14,7 @@ from launch.overview import look
 from launch.record import FOLDER, SweepRecord, write_record
 from launch.submit import Resources
 from launch.sweep import combinations, folder_name
-from uhml.config import load_config
+from uhml.config import Config, load_config, refuse_changes
 from uhml.errors import UserError
 
 logger = logging.getLogger("uhml.launch")
@@ -44,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, as for uhml train")
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="overrides of single keys")
     parser.add_argument("--run-dir", type=Path, help="folder of the run, on a file system that all nodes share")
+    parser.add_argument(
+        "--allow-change",
+        metavar="KEY[,KEY]",
+        type=lambda keys: keys.split(","),
+        default=[],
+        help="keys of CONFIG that may differ from those that the unfinished run in --run-dir was started with",
+    )
     parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="default: %(default)s")
     parser.add_argument("--dry-run", action="store_true", help="show what would be submitted, and change nothing")
     parser.add_argument(
@@ -88,13 +95,13 @@ def run(args: argparse.Namespace) -> None:
         run_dir / name: load_config(args.config, args.overrides + [f"{key}={value}" for key, value in values.items()])
         for name, values in zip(names, sweep, strict=True)
     }
-    for own_dir in runs:
-        _refuse_if_taken(own_dir)
+    for own_dir, config in runs.items():
+        _refuse_if_taken(own_dir, config, args.allow_change)
 
     if args.dry_run:
         _show(args, resources, run_dir, list(runs))
         return
-    records = submit.submit(resources, run_dir, runs)
+    records = submit.submit(resources, run_dir, runs, args.allow_change)
     if args.sweep:
         write_record(run_dir, SweepRecord(runs=names, values=sweep))
     what = "process" if resources.cluster == "local" else "job"
@@ -137,7 +144,8 @@ def _resources(args: argparse.Namespace) -> Resources:
     )
 
 
-def _refuse_if_taken(run_dir: Path) -> None:
+def _refuse_if_taken(run_dir: Path, config: Config, allow_change: list[str]) -> None:
+    """Refuse a folder of which nothing is known, and a run that is done, under way, or was another one."""
     if not run_dir.is_dir() or not any(run_dir.iterdir()):
         return
     view = look(run_dir)
@@ -147,6 +155,8 @@ def _refuse_if_taken(run_dir: Path) -> None:
         raise UserError(f"The run in {run_dir} is finished: name another folder by --run-dir.")
     if view.is_under_way:
         raise UserError(f"The run in {run_dir} is {view.state} already: uhml cancel ends it, or name another folder.")
+    if any((run_dir / "checkpoints").glob("step-*.pt")):
+        refuse_changes(load_config(run_dir / "config.yaml"), config, allow_change)
 
 
 def _show(args: argparse.Namespace, resources: Resources, run_dir: Path, runs: list[Path]) -> None:

@@ -63,13 +63,16 @@ def script(resources: Resources, run_dir: Path, num_runs: int) -> str:
     return str(executor._make_submission_file_text(executor._submitit_command_str, uid=""))
 
 
-def submit(resources: Resources, run_dir: Path, runs: dict[Path, Config]) -> list[JobRecord]:
+def submit(
+    resources: Resources, run_dir: Path, runs: dict[Path, Config], allow_change: Sequence[str] = ()
+) -> list[JobRecord]:
     """Submit runs that need the same resources: one job, or one array of jobs.
 
     Args:
         resources: of each run.
         run_dir: the folder that gets the code's snapshot and submitit's files.
         runs: the configs by the folders of the runs; ``run_dir`` itself where there is one run.
+        allow_change: keys of the config that may differ from an unfinished run's.
 
     Raises:
         UserError: a folder cannot be written, or SLURM does not take the job; nothing is left then that was not there.
@@ -80,7 +83,7 @@ def submit(resources: Resources, run_dir: Path, runs: dict[Path, Config]) -> lis
         for own_dir, config in runs.items():
             (own_dir / FOLDER).mkdir(parents=True, exist_ok=True)
             (own_dir / FOLDER / "config.yaml").write_text(dump_config(config))
-            jobs.append(TrainingJob(own_dir, own_dir / FOLDER / "config.yaml", _code(run_dir)))
+            jobs.append(TrainingJob(own_dir, own_dir / FOLDER / "config.yaml", _code(run_dir), allow_change))
         snapshot.take_snapshot(_code(run_dir))
         with _apart_from_terminal(resources, run_dir) if resources.cluster == "local" else contextlib.nullcontext():
             submitted: Sequence[Job[Any]] = executor.submit_array(jobs) if len(jobs) > 1 else [executor.submit(jobs[0])]

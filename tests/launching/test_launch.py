@@ -113,6 +113,17 @@ def test_a_submission_that_fails_leaves_nothing(sbatch_only, config, run_dir, ca
     assert list(run_dir.rglob("*")) == [run_dir / "mine"]
 
 
+def test_an_unfinished_run_goes_on_with_its_own_config_only(sbatch_only, config, run_dir, caplog):
+    (run_dir / "checkpoints").mkdir(parents=True)
+    (run_dir / "checkpoints" / "step-00000010.pt").touch()
+    (run_dir / "config.yaml").write_text(config.read_text())
+    (run_dir / "status.json").write_text(json.dumps({**finished_status(), "state": "preempted"}))
+    assert launch(config, "loss.omega=0.9", "--run-dir", run_dir, "--dry-run") == 2
+    assert "loss.omega: 0.8 -> 0.9" in caplog.text
+    assert launch(config, "--run-dir", run_dir, "--dry-run") == 0
+    assert launch(config, "loss.omega=0.9", "--run-dir", run_dir, "--dry-run", "--allow-change", "loss.omega") == 0
+
+
 @pytest.mark.parametrize(
     ("text", "minutes"),
     [("90", 90), ("10:30", 11), ("24:00:00", 1440), ("1-12", 2160), ("2-00:30", 2910), ("1-02:03:04", 1564)],
