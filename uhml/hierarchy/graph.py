@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 NOTHING = torch.iinfo(torch.long).min
 # Work, in edges looked at, after which the rounds are given up: so much for each edge, and so much besides.
 ROUNDS_OF_ALL_EDGES = 300
-LEAST_WORK = 2 * 10**9
+LEAST_WORK = 5 * 10**8
 # A round takes at least as long as looking at so many edges.
 EDGES_PER_ROUND = 20_000
 
