@@ -12,7 +12,6 @@ from launched import assert_same_run, has_taken, is_finished, printed, uhml, vie
 
 from launch import slurm as queue
 from launch.record import JobRecord, read_record
-from uhml.status import read_status
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.ddp, pytest.mark.usefixtures("slurm")]
 
