@@ -1,9 +1,11 @@
 """What a run tells about itself: metrics.jsonl, TensorBoard, the final table. Rank 0 writes; elsewhere it is silent."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torchvision.utils import make_grid
 from uhml import distributed
 from uhml.data.decode import load_rgb
 from uhml.data.pictures import Pictures
+from uhml.errors import UserError
 from uhml.metrics import Scores
 
 logger = logging.getLogger(__name__)
@@ -50,22 +53,37 @@ class Reporter:
     def __enter__(self) -> "Reporter":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self.active:
-            self.metrics.close()
-            self.tensorboard.close()
+            # What a full disk raises here once more should not hide what it raised first.
+            with self._told() if error is None else contextlib.suppress(OSError):
+                self.metrics.close()
+                self.tensorboard.close()
 
     def settle(self) -> int:
         """Force all that is recorded to the disk and return the bytes of ``metrics.jsonl``."""
         if not self.active:
             return 0
-        self.tensorboard.flush()
-        os.fsync(self.metrics.fileno())
+        with self._told():
+            self.tensorboard.flush()
+            os.fsync(self.metrics.fileno())
         return self.metrics.tell()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise UserError(
+                f"metrics.jsonl and tensorboard/ in {self.run_dir} cannot be written ({e}): make room, and start the "
+                "same command again to go on from the last checkpoint."
+            ) from e
 
     def scalars(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Record numbers at a step; ``kind`` ("train", "hierarchy", ...) groups them."""
-        if self.active:
+        if not self.active:
+            return
+        with self._told():
             self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             for name, value in values.items():
                 self.tensorboard.add_scalar(f"{kind}/{name}", value, step)

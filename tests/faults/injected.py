@@ -154,14 +154,39 @@ class CorruptPictures:
         _at_step(self.step, 0, corrupt)
 
 
+def _limit_files(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
 @dataclasses.dataclass
 class FullDisk:
-    """From a step on no file can grow beyond what a checkpoint needs; the system itself refuses."""
+    """From a step on no file can be longer than a few kilobytes; the system itself refuses."""
 
     step: int
 
     def __call__(self):
-        _at_step(self.step, 0, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, resource.RLIM_INFINITY)))
+        _at_step(self.step, 0, lambda: _limit_files(4096))
+
+
+@dataclasses.dataclass
+class FullDiskInSave:
+    """The same, but only while a checkpoint is written."""
+
+    save: int
+
+    def __call__(self):
+        true, calls = uhml.checkpoint.write_file, []
+
+        def write_file(*args):
+            calls.append(1)
+            if len(calls) == self.save:
+                _limit_files(4096)
+            try:
+                true(*args)
+            finally:
+                _limit_files(resource.RLIM_INFINITY)
+
+        uhml.checkpoint.write_file = write_file
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ from injected import (
     CorruptPictures,
     FailingClustering,
     FullDisk,
+    FullDiskInSave,
     JumpingClock,
     KilledWorker,
     KillInSave,
@@ -225,14 +226,25 @@ def test_pictures_that_become_rubbish(config, whole, tmp_path, world_size):
 
 
 @RANKS
-def test_a_full_disk(config, whole, tmp_path, world_size):
-    codes, said = run(tmp_path / "run", config, world_size, fault=FullDisk(7))
+def test_a_full_disk_during_a_save(config, whole, tmp_path, world_size):
+    # Saves come at step 0 twice, before and after the scores, then at 2, 4, 6 and 8.
+    codes, said = run(tmp_path / "run", config, world_size, fault=FullDiskInSave(6))
     assert codes == [2] * world_size, said
     assert said.count("step-00000008.pt cannot be written ([Errno 27] File too large)") == 1
     assert "Traceback" not in said
     assert checkpoints(tmp_path / "run")[-1] == 6
     assert not list((tmp_path / "run").rglob("*.partial"))
-    assert (read_status(tmp_path / "run").state, read_status(tmp_path / "run").step) == ("failed", 8)
+    assert read_status(tmp_path / "run").state == "failed"
+    go_on(tmp_path / "run", config, world_size, whole)
+
+
+@RANKS
+def test_a_full_disk_at_any_time(config, whole, tmp_path, world_size):
+    codes, said = run(tmp_path / "run", config, world_size, fault=FullDisk(7))
+    assert codes[0] == 2, said
+    assert 0 not in codes
+    assert said.count("cannot be written") == 1
+    assert_little_is_lost(tmp_path / "run")
     go_on(tmp_path / "run", config, world_size, whole)
 
 
