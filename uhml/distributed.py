@@ -67,6 +67,8 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
     if here.launcher == "single":
         yield rank_device
         return
+    if here.launcher == "torchrun":
+        interruption.asked_by_death_of_parent()
     if here.launcher == "slurm":
         _point_to_first_node(os.environ)
     dist.init_process_group(

@@ -7,8 +7,10 @@ do not end the process but are remembered. The run looks after them where all ra
 """
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -84,6 +86,16 @@ def _remember(number: int, frame: FrameType | None) -> None:
     if _Pending.raises:
         _Pending.raises = False
         raise Preempted(_Pending.number)
+
+
+def asked_by_death_of_parent() -> None:
+    """Take the death of the process that started this one for SIGTERM. On Linux; elsewhere nothing happens.
+
+    torchrun, when it is killed, leaves its ranks running where nobody sees them.
+    """
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def check() -> None:
