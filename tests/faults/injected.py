@@ -160,12 +160,12 @@ def _limit_files(size):
 
 @dataclasses.dataclass
 class FullDisk:
-    """From a step on no file can be longer than a few kilobytes; the system itself refuses."""
+    """From a step on no file can be longer than what is shown on the terminal; the system itself refuses."""
 
     step: int
 
     def __call__(self):
-        _at_step(self.step, 0, lambda: _limit_files(4096))
+        _at_step(self.step, 0, lambda: _limit_files(16_384))
 
 
 @dataclasses.dataclass
