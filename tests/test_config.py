@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from uhml import cli
-from uhml.config import Config, describe_keys, dump_config, load_config
+from uhml.config import FREE_TO_CHANGE, Config, describe_keys, dump_config, load_config
 from uhml.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -292,11 +292,20 @@ def test_options_may_stand_anywhere_among_the_overrides(file, monkeypatch, tmp_p
         [path, "--run-dir", str(run_dir), "train.seed=3", "data.num_classes=2"],
         ["--run-dir", str(run_dir), path, "train.seed=3", "data.num_classes=2"],
         [path, "train.seed=3", "--run-dir", str(run_dir), "data.num_classes=2"],
+        [
+            *(path, "--allow-change", "train.seed,optim.learning_rate"),
+            *("train.seed=3", "data.num_classes=2", "--run-dir", str(run_dir)),
+        ],
     ]
     for rest in rests:
         assert cli.main(["train", *rest]) == 0
     config = load_config(path, ["train.seed=3", "data.num_classes=2"])
-    assert started == [(config, run_dir, False)] * len(rests)
+    allowed = [[]] * 4 + [["train.seed", "optim.learning_rate"]]
+    assert started == [(config, run_dir, False, keys) for keys in allowed]
+
+
+def test_what_may_change_unasked_are_keys_that_there_are():
+    assert {f"{section}.{key}" for section, key in KEYS} > FREE_TO_CHANGE
 
 
 @pytest.mark.parametrize("arguments", [[], ["train"], ["trian", "x"], ["train", "x", "--run-dri", "y"], ["--seed"]])

@@ -1,0 +1,71 @@
+"""The commands as people type them, ended from outside."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import checkpoints, logged
+
+from uhml.status import read_status
+
+pytestmark = [pytest.mark.slow, pytest.mark.ddp]
+UHML = [sys.executable, "-m", "uhml"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "uhml"]
+
+
+def mine(group):
+    """Processes of a group that are still at work."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, of_group = path.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(of_group) == group and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("command", "number", "to_all", "code"),
+    [
+        (UHML, signal.SIGINT, True, 130),  # Ctrl-C in a terminal goes to every process there
+        (TORCHRUN, signal.SIGTERM, False, 1),
+        (TORCHRUN, signal.SIGKILL, False, -signal.SIGKILL),
+    ],
+    ids=["uhml", "torchrun", "torchrun killed"],
+)
+def test_it_saves_goes_on_and_leaves_no_process(config, tmp_path, command, number, to_all, code):
+    run_dir = tmp_path / "run"
+    arguments = ["train", str(config), f"data.root={config.parent / 'shapes'}", "--run-dir", str(run_dir)]
+    arguments += ["model.backbone=test_resnet", "optim.learning_rate=1e-4"]
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(
+            [*command, *arguments, "train.num_steps=9999"], stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        while logged(run_dir) < 3:
+            assert process.poll() is None, (tmp_path / "out").read_text()
+            time.sleep(0.1)
+        (os.killpg if to_all else os.kill)(process.pid, number)
+        assert process.wait(60) == code
+        deadline = time.monotonic() + 30
+        while mine(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert mine(process.pid) == []
+    finally:
+        for pid in mine(process.pid):
+            os.kill(pid, signal.SIGKILL)
+    said, step = (tmp_path / "out").read_text(), logged(run_dir)
+    assert said.count(f"after step {step} of 9999, which is saved: start the same command again to go on.") == 1
+    assert read_status(run_dir).state == "preempted"
+    assert checkpoints(run_dir)[-1] == step
+    again = [*command, *arguments, f"train.num_steps={step + 2}", "--allow-change", "train.num_steps"]
+    ended = subprocess.run(again, capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert f"Going on after step {step} of {step + 2}" in ended.stderr
+    assert (read_status(run_dir).state, read_status(run_dir).restarts) == ("finished", 1)

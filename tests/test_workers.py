@@ -1,0 +1,90 @@
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from uhml.data.workers import Loader, next_together
+from uhml.errors import UserError
+from uhml.interruption import SIGNALS, Preempted, handled
+
+
+class Rows(Dataset):
+    def __init__(self, action=None):
+        self.action = action
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        if self.action is not None and i == 6:
+            self.action()
+        return torch.tensor([i, os.getpid()])
+
+
+def refuse():
+    raise UserError("the picture p.png is empty")
+
+
+def bug():
+    raise ZeroDivisionError("a bug")
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def children():
+    return [int(pid) for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_of_the_users_is_the_sentence_that_it_was(num_workers):
+    with pytest.raises(UserError) as caught:
+        list(Loader(Rows(refuse), batch_size=2, num_workers=num_workers))
+    assert str(caught.value) == "the picture p.png is empty"
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError, match="line"):
+        list(Loader(Rows(bug), batch_size=2, num_workers=1))
+
+
+def test_a_dead_worker_is_told_where_its_work_is_fetched():
+    before = signal.getsignal(signal.SIGCHLD)
+    with contextlib.closing(iter(Loader(Rows(die), batch_size=2, num_workers=1))) as batches:
+        seen = [next(batches)[:, 0].tolist()]
+        assert signal.getsignal(signal.SIGCHLD) == before
+        time.sleep(1)  # the worker dies meanwhile, and nothing happens here
+        with pytest.raises(UserError, match="A process that reads pictures was killed"):
+            seen += [batch[:, 0].tolist() for batch in batches]
+    assert seen == [[0, 1], [2, 3], [4, 5]][: len(seen)]
+
+
+def test_workers_leave_signals_to_their_parent_and_end_when_it_stops_asking():
+    others = set(children())
+    with handled(), contextlib.closing(iter(Loader(Rows(), batch_size=2, num_workers=2))) as batches:
+        assert next(batches)[0, 0] == 0
+        workers = set(children()) - others
+        assert len(workers) == 2
+        for number in SIGNALS:
+            for pid in workers:
+                os.kill(pid, number)
+        assert [int(batch[0, 0]) for batch in batches] == [2, 4, 6, 8, 10]
+    with handled(), contextlib.closing(iter(Loader(Rows(), batch_size=2, num_workers=2))) as batches:
+        next_together(batches)
+        assert len(set(children()) - others) == 2
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Preempted):
+            next_together(batches)
+    assert set(children()) - others == set()
+
+
+def test_the_next_batch_or_what_comes_when_there_is_none():
+    batches = iter(Loader(Rows(), batch_size=12, num_workers=0))
+    assert len(next_together(batches, ())) == 12
+    assert next_together(batches, ()) == ()
