@@ -17,16 +17,15 @@ UHML = [sys.executable, "-m", "uhml"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "uhml"]
 
 
-def mine(group):
-    """Processes of a group that are still at work."""
+def at_work(run_dir):
+    """The processes that have the run's folder on their command line: the command, its ranks, their workers."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            state, _, of_group = path.read_text().rpartition(")")[2].split()[:3]
+            if str(run_dir).encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if int(of_group) == group and state != "Z":
-            found.append(int(path.parent.name))
     return found
 
 
@@ -51,14 +50,15 @@ def test_it_saves_goes_on_and_leaves_no_process(config, tmp_path, command, numbe
         while logged(run_dir) < 3:
             assert process.poll() is None, (tmp_path / "out").read_text()
             time.sleep(0.1)
+        assert len(at_work(run_dir)) >= (2 if command is UHML else 5)  # with workers
         (os.killpg if to_all else os.kill)(process.pid, number)
         assert process.wait(60) == code
         deadline = time.monotonic() + 30
-        while mine(process.pid) and time.monotonic() < deadline:
+        while at_work(run_dir) and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert mine(process.pid) == []
+        assert at_work(run_dir) == []
     finally:
-        for pid in mine(process.pid):
+        for pid in at_work(run_dir):
             os.kill(pid, signal.SIGKILL)
     said, step = (tmp_path / "out").read_text(), logged(run_dir)
     assert said.count(f"after step {step} of 9999, which is saved: start the same command again to go on.") == 1
