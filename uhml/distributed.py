@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import inspect
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
@@ -68,7 +69,8 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
         yield rank_device
         return
     if here.launcher == "torchrun":
-        interruption.asked_by_death_of_parent()
+        # torchrun, when it is killed, would leave its ranks running where nobody sees them.
+        interruption.when_parent_dies(signal.SIGTERM)
     if here.launcher == "slurm":
         _point_to_first_node(os.environ)
     dist.init_process_group(

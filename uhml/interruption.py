@@ -88,14 +88,11 @@ def _remember(number: int, frame: FrameType | None) -> None:
         raise Preempted(_Pending.number)
 
 
-def asked_by_death_of_parent() -> None:
-    """Take the death of the process that started this one for SIGTERM. On Linux; elsewhere nothing happens.
-
-    torchrun, when it is killed, leaves its ranks running where nobody sees them.
-    """
+def when_parent_dies(number: int) -> None:
+    """Get a signal when the process that started this one dies. On Linux; elsewhere nothing happens."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
 
 
 def check() -> None:
@@ -136,6 +133,7 @@ def workers_starting() -> Iterator[None]:
 
 
 def leave_to_parent(*_: Any) -> None:
-    """Ignore, in a worker process, the signals that its whole group gets: the parent decides when to end."""
+    """Ignore, in a worker process, the signals that its whole group gets: it ends when its parent says so, or dies."""
+    when_parent_dies(signal.SIGKILL)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

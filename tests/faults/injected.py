@@ -249,8 +249,8 @@ class KillInSave:
         torch.save = half_then_whole
 
 
-STAGES = 7
-"""Of a save with one older checkpoint to remove: metrics to the disk is no part of it."""
+STAGES = 6
+"""Half the file, its fsync, its new name, the folder's fsync, no more file aside, no more oldest checkpoint."""
 
 
 @dataclasses.dataclass

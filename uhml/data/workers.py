@@ -81,8 +81,9 @@ class Loader(DataLoader[Any]):
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
-        except RuntimeError as e:
-            if "DataLoader worker (pid" not in str(e):
+        except (RuntimeError, ConnectionError, EOFError) as e:
+            # The last two where it dies while it hands over a batch.
+            if isinstance(e, RuntimeError) and "DataLoader worker (pid" not in str(e):
                 raise
             raise UserError(
                 "A process that reads pictures was killed, perhaps for want of memory: lower data.num_workers, and "
