@@ -24,6 +24,7 @@ from uhml.loss import HierarchicalLogRatioLoss, similarity_levels
 from uhml.model import build_embedder
 from uhml.random_state import restore_random_state
 from uhml.status import read_status
+from uhml.training_state import read_state
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NUM_CLASSES, PER_CLASS = 8, 9
@@ -211,6 +212,30 @@ def test_queries_search_their_gallery(shapes, config, tmp_path):
     recall = result(tmp_path / "run")["trained"]["recall_at_k"]["1"]
     assert recall * 12 == pytest.approx(round(recall * 12))
     assert recall > 0
+
+
+def test_validation_holds_out_training_classes_and_keeps_the_best(shapes, config, tmp_path, caplog):
+    (tmp_path / "never-opened.png").write_text("no picture")
+    rows = [f"{path},{path.parent.name},train" for path in sorted(shapes.glob("*/*.png"))]
+    listed = tmp_path / "list.csv"
+    listed.write_text("\n".join(["path,label,split", *rows, f"{tmp_path / 'never-opened.png'},other,test"]))
+    options = ("data.dataset=list", "data.score_on=validation", "eval.at_reclustering=true", "train.num_steps=6")
+    assert run(config, listed, tmp_path / "run", *options) == 0
+    assert f"train: {6 * PER_CLASS} pictures of 6 classes" in caplog.text
+    assert f"validation: {2 * PER_CLASS} pictures of 2 classes" in caplog.text
+    curve = {line["step"]: line["recall_at_1"] for line in figures(tmp_path / "run", "unseen_ball")}
+    assert list(curve) == [0, 2, 4, 6]
+    best = torch.load(tmp_path / "run" / "checkpoints" / "best.pt", weights_only=True)
+    assert best["step"] == max(curve, key=curve.get)
+    assert read_state(tmp_path / "run" / "checkpoints" / "step-00000006.pt")["step"] == 6
+    # On test classes no checkpoint is the best.
+    assert run(config, shapes, tmp_path / "tested", "eval.at_reclustering=true") == 0
+    assert not (tmp_path / "tested" / "checkpoints" / "best.pt").exists()
+
+
+def test_validation_needs_classes(shapes, config, tmp_path, caplog):
+    assert run(config, shapes, tmp_path / "run", "data.score_on=validation") == 2
+    assert "data.score_on=validation holds out a quarter of the training classes, and 4 are known" in caplog.text
 
 
 def test_corrupt_picture_is_refused_by_name_or_skipped_on_demand(shapes, config, tmp_path, caplog):

@@ -6,6 +6,7 @@ when it loads; we do.
 
 import logging
 import os
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,22 @@ def write_file(path: Path, state: dict[str, Any]) -> None:
             f"{path} cannot be written ({reason}). Earlier checkpoints are untouched: make room, and start the same "
             "command again to go on from the last one."
         ) from e
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def keep_best(folder: Path, step: int) -> None:
+    """Make the checkpoint of ``step`` the best one, ``best.pt``, which stays when that of the step goes.
+
+    Raises:
+        OSError: the file cannot be written; the best before is untouched.
+    """
+    aside = folder / "best.partial"
+    try:
+        shutil.copyfile(folder / f"step-{step:08d}.pt", aside)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(folder / "best.pt")
     finally:
         aside.unlink(missing_ok=True)
 

@@ -49,6 +49,10 @@ class DataConfig:
     num_classes: Count | None = None
     """Use only this many classes for training and as many for testing, evenly spread. Null uses all of them."""
 
+    score_on: Literal["test", "validation"] = "test"
+    """Which classes to score on. "validation" keeps the last quarter of the training classes out of training for it,
+    and never opens a test picture: for comparing settings. The best checkpoint is then kept, too."""
+
     skip_corrupt: bool = False
     """Go on without pictures that cannot be read, and say how many. Otherwise the first of them ends the run."""
 
@@ -219,6 +223,9 @@ class EvalConfig:
 
     recall_at: Annotated[tuple[Count, ...], Field(min_length=1, strict=False)] = (1, 2, 4, 8)
     """The K of Recall@K."""
+
+    at_reclustering: bool = False
+    """Score at every re-clustering, too, for a curve over the training."""
 
     batch_size: Count = 128
     """Pictures that a rank embeds at once, for clustering and evaluation."""

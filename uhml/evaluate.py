@@ -12,7 +12,7 @@ from uhml.model import Embedder
 
 
 def score_unseen(model: Embedder, splits: Splits, config: Config) -> dict[str, Scores] | None:
-    """Score the network as it is on the test pictures. A collective.
+    """Score the network as it is on the test pictures, or on those held out for validation. A collective.
 
     Returns:
         "backbone": its features, by cosine; "ball": the embedding as it is deployed, by the ball's distance; "cosine":
@@ -20,7 +20,7 @@ def score_unseen(model: Embedder, splits: Splits, config: Config) -> dict[str, S
     """
     if splits.test is None:
         return None
-    queries = _features(model, splits.test, config, "test")
+    queries = _features(model, splits.test, config, config.data.score_on)
     gallery = None if splits.gallery is None else _features(model, splits.gallery, config, "gallery")
     cosine, ball = Geometry("cosine"), Geometry("poincare", config.model.curvature)
     recall_at, seed = config.eval.recall_at, config.train.seed

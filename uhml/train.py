@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from uhml import distributed, interruption, poincare
-from uhml.checkpoint import load_weights
+from uhml.checkpoint import keep_best, load_weights
 from uhml.config import Config
 from uhml.data.loading import training_batches
 from uhml.data.pictures import Pictures, Splits
@@ -26,6 +26,7 @@ from uhml.evaluate import score_unseen
 from uhml.hierarchy import average_linkage_over_ranks
 from uhml.interruption import Preempted
 from uhml.loss import HierarchicalLogRatioLoss, similarity_levels
+from uhml.metrics import Scores
 from uhml.mining import ClusterBatches
 from uhml.model import Embedder, FeatureMoments, build_embedder
 from uhml.not_finite import refuse_step
@@ -94,9 +95,7 @@ def learn(state: TrainingState, splits: Splits, config: Config, run: OpenRun, re
     num_steps, every = config.train.num_steps, config.hierarchy.recluster_every
     save(state, run, report)
     if state.before is None and splits.test is not None:
-        run.status.phase("evaluate")
-        state.before = score_unseen(state.model, splits, config)
-        report.scores(0, state.before)
+        state.before = score_now(state, splits, config, run, report)
         state.save(run.folder, report.settle)
 
     parallel = distributed.data_parallel(state.model)
@@ -115,6 +114,8 @@ def learn(state: TrainingState, splits: Splits, config: Config, run: OpenRun, re
         if state.step % every == 0 or state.levels is None:
             save(state, run, report)
             discover_hierarchy(state, splits.train, config, run, report)
+            if config.eval.at_reclustering and state.step > 0:
+                score_now(state, splits, config, run, report)
         run.status.phase("train")
         until = min((state.step // every + 1) * every, num_steps)
         with contextlib.closing(iter(cluster_batches(state, splits.train, config, until))) as batches:
@@ -130,9 +131,7 @@ def learn(state: TrainingState, splits: Splits, config: Config, run: OpenRun, re
 
     save(state, run, report)
     discover_hierarchy(state, splits.train, config, run, report)
-    run.status.phase("evaluate")
-    after = score_unseen(state.model, splits, config)
-    report.scores(num_steps, after)
+    after = score_now(state, splits, config, run, report)
     return report.finish(state.before, after, num_steps, state.seconds)
 
 
@@ -140,6 +139,24 @@ def save(state: TrainingState, run: OpenRun, report: Reporter) -> None:
     """Write a checkpoint of this step, unless there is one. A collective."""
     if state.saved != state.step:
         state.save(run.folder, report.settle)
+
+
+def score_now(
+    state: TrainingState, splits: Splits, config: Config, run: OpenRun, report: Reporter
+) -> dict[str, Scores] | None:
+    """Score the network as it is; on validation classes, keep its checkpoint if the first of its Recall@K is best.
+
+    On test classes there is no best one: choosing by them would make their score worthless.
+    """
+    run.status.phase("evaluate")
+    scores = score_unseen(state.model, splits, config)
+    report.scores(state.step, scores)
+    if scores is not None and config.data.score_on == "validation":
+        recall = next(iter(scores["ball"].recall_at_k.values()))
+        if recall > state.best:
+            state.best = recall
+            distributed.on_main(lambda: keep_best(run.folder / "checkpoints", state.step))
+    return scores
 
 
 def check_batch_fits(num_pictures: int, config: Config) -> None:

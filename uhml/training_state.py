@@ -44,6 +44,7 @@ class TrainingState:
         step: steps taken.
         levels: ``[K, n]`` int32 on the model's device, what the steps learn from; None before the first clustering.
         tree: what the levels are cut from, on rank 0.
+        best: the greatest score on validation classes so far, see :func:`uhml.train.score_now`.
         before: scores before the first step; None until they are known, and where there is nothing to score.
         saved: the step of the newest checkpoint; None before the first.
     """
@@ -55,6 +56,7 @@ class TrainingState:
         self.step = 0
         self.levels: Tensor | None = None
         self.tree: Dendrogram | None = None
+        self.best = 0.0
         self.before: dict[str, Scores] | None = None
         self.saved: int | None = None
         self._started, self._seconds_before = time.monotonic(), 0.0
@@ -88,6 +90,7 @@ class TrainingState:
             "levels": self.levels,
             "tree": None if self.tree is None else torch.from_numpy(self.tree.to_scipy()),
             "before": None if self.before is None else {k: dataclasses.asdict(v) for k, v in self.before.items()},
+            "best": self.best,
             "metrics_size": metrics_size,
             "seconds": self.seconds,
             "random_states": random_states,
@@ -128,6 +131,7 @@ class TrainingState:
         if parse_dump(saved["config"]).hierarchy == self.config.hierarchy and saved["levels"] is not None:
             self.levels = saved["levels"].to(self.model.device)
             self.tree = Dendrogram(saved["tree"].numpy()) if distributed.is_main() else None
+        self.best = saved["best"]
         if saved["before"] is not None:
             self.before = {name: Scores(**scores) for name, scores in saved["before"].items()}
         self._started, self._seconds_before = time.monotonic(), saved["seconds"]

@@ -3,7 +3,10 @@
 import logging
 from collections.abc import Sequence
 
+import numpy as np
+
 from uhml.data.pictures import Pictures, Splits
+from uhml.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,26 @@ def split(
         train=part([i for i, train in enumerate(trains) if train]),
         test=part(test) if test else None,
     )
+
+
+def hold_out(splits: Splits) -> Splits:
+    """Take the last quarter of the training classes for the test part, in place of the one there is.
+
+    Whoever compares settings on them does not look at the test classes.
+
+    Raises:
+        UserError: the classes of the training pictures are not known, or too few.
+    """
+    train = splits.train
+    labels = np.empty(0, np.int64) if train.labels is None else train.labels
+    classes = np.unique(labels)
+    if len(classes) < 8:
+        raise UserError(
+            f"data.score_on=validation holds out a quarter of the training classes, and {len(classes)} are known: it "
+            "takes 8 at least."
+        )
+    is_held_out = np.isin(labels, classes[-(len(classes) // 4) :])
+    return Splits(train=train.select(np.flatnonzero(~is_held_out)), test=train.select(np.flatnonzero(is_held_out)))
 
 
 def first_half(classes: Sequence[str]) -> list[bool]:

@@ -10,6 +10,7 @@ from uhml.config import DataConfig
 from uhml.data.datasets import load_splits
 from uhml.data.decode import UnreadablePicture, find_unreadable
 from uhml.data.pictures import Pictures, Splits
+from uhml.data.splitting import hold_out
 from uhml.errors import known_everywhere
 
 logger = logging.getLogger(__name__)
@@ -27,8 +28,13 @@ def list_pictures(config: DataConfig) -> Splits:
         UserError: the data set is not as it should be.
     """
     root = Path(config.root).expanduser() if config.root else None
+
+    def listed() -> Splits:
+        splits = load_splits(config.dataset, root, config.num_classes)
+        return hold_out(splits) if config.score_on == "validation" else splits
+
     # Glyphs are drawn on rank 0 in the middle of this, for which all ranks wait.
-    return distributed.on_every_rank(lambda: load_splits(config.dataset, root, config.num_classes), interruptible=False)
+    return distributed.on_every_rank(listed, interruptible=False)
 
 
 def readable_pictures(splits: Splits, config: DataConfig) -> Splits:
@@ -38,10 +44,11 @@ def readable_pictures(splits: Splits, config: DataConfig) -> Splits:
         UnreadablePicture: a picture cannot be read, and ``data.skip_corrupt`` is not set.
     """
     parts = {"train": splits.train, "test": splits.test, "gallery": splits.gallery}
-    readable = {name: _readable(part, name, config) for name, part in parts.items() if part is not None}
+    said = {"train": "train", "test": config.score_on, "gallery": "gallery"}
+    readable = {name: _readable(part, said[name], config) for name, part in parts.items() if part is not None}
     for name, part in readable.items():
         classes = f" of {len(np.unique(part.labels))} classes" if part.labels is not None else ""
-        logger.info("%s: %d pictures%s", name, len(part), classes)
+        logger.info("%s: %d pictures%s", said[name], len(part), classes)
     return Splits(**readable)
 
 
