@@ -1,12 +1,16 @@
 """Fixtures that several folders of tests share."""
 
 import os
+import signal
 import tarfile
 from pathlib import Path
 
 import pytest
 
 from uhml.data.glyphs import glyphs
+
+# A shell without job control has its background jobs ignore Ctrl-C, and what the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _unpacked(archive: str, folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
