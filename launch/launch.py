@@ -6,7 +6,6 @@ import math
 import re
 import shlex
 import sys
-import time
 from pathlib import Path
 
 from launch import submit
@@ -14,6 +13,7 @@ from launch.overview import look
 from launch.record import FOLDER, SweepRecord, write_record
 from launch.submit import Resources
 from launch.sweep import combinations, folder_name
+from uhml.cli import add_run_arguments, run_dir_of
 from uhml.config import Config, load_config, refuse_changes
 from uhml.errors import UserError
 
@@ -41,15 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``uhml launch``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, as for uhml train")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="overrides of single keys")
-    parser.add_argument("--run-dir", type=Path, help="folder of the run, on a file system that all nodes share")
-    parser.add_argument(
-        "--allow-change",
-        metavar="KEY[,KEY]",
-        type=lambda keys: keys.split(","),
-        default=[],
-        help="keys of CONFIG that may differ from those that the unfinished run in --run-dir was started with",
+    add_run_arguments(
+        parser,
+        config="a YAML file, as for uhml train",
+        run_dir="folder of the run, on a file system that all nodes share",
     )
     parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="default: %(default)s")
     parser.add_argument("--dry-run", action="store_true", help="show what would be submitted, and change nothing")
@@ -83,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     """
     resources = _resources(args)
     sweep = combinations(args.sweep)
-    run_dir = (args.run_dir or Path("runs") / f"{Path(args.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    run_dir = run_dir_of(args).resolve()
     if args.sweep:
         names = [folder_name(values) for values in sweep]
         typed = {override.partition("=")[0] for override in args.overrides}

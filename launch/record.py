@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from uhml.files import write_whole
+
 FOLDER = "launch"
 
 T = TypeVar("T", "JobRecord", "SweepRecord")
@@ -48,10 +50,7 @@ class SweepRecord:
 
 def write_record(run_dir: Path, record: JobRecord | SweepRecord) -> None:
     """Write ``record`` into the folder of its run or sweep; who reads meanwhile reads the one before."""
-    path = _path(run_dir, type(record))
-    aside = path.with_name(f"{path.name}.partial")
-    aside.write_text(json.dumps(dataclasses.asdict(record), indent=2) + "\n")
-    aside.replace(path)
+    write_whole(_path(run_dir, type(record)), json.dumps(dataclasses.asdict(record), indent=2) + "\n")
 
 
 def read_record(run_dir: Path, kind: type[T]) -> T | None:

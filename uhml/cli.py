@@ -85,21 +85,12 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         epilog=TRAIN_EXAMPLES + describe_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
-    train.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="overrides of single keys")
-    train.add_argument(
-        "--run-dir",
-        type=Path,
-        help="folder of the run; an unfinished run there goes on (default: runs/CONFIG-DATE-TIME)",
+    add_run_arguments(
+        train,
+        config="a YAML file, such as configs/quickstart.yaml",
+        run_dir="folder of the run; an unfinished run there goes on (default: runs/CONFIG-DATE-TIME)",
     )
     train.add_argument("--overwrite", action="store_true", help="begin anew, in the place of the run in --run-dir")
-    train.add_argument(
-        "--allow-change",
-        metavar="KEY[,KEY]",
-        type=lambda keys: keys.split(","),
-        default=[],
-        help="keys of CONFIG that may differ from those that the unfinished run in --run-dir was started with",
-    )
     train.set_defaults(run=_train)
     clustering = commands.add_parser("cluster", help="cluster a file of embeddings by average linkage")
     if "cluster" in arguments[:1]:
@@ -116,9 +107,34 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def add_run_arguments(parser: argparse.ArgumentParser, *, config: str, run_dir: str) -> None:
+    """Declare what says which run is meant: for ``uhml train`` and ``uhml launch``.
+
+    Args:
+        parser: of the command.
+        config: help for CONFIG.
+        run_dir: help for ``--run-dir``.
+    """
+    parser.add_argument("config", metavar="CONFIG", help=config)
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="overrides of single keys")
+    parser.add_argument("--run-dir", type=Path, help=run_dir)
+    parser.add_argument(
+        "--allow-change",
+        metavar="KEY[,KEY]",
+        type=lambda keys: keys.split(","),
+        default=[],
+        help="keys of CONFIG that may differ from those that the unfinished run in --run-dir was started with",
+    )
+
+
+def run_dir_of(args: argparse.Namespace) -> Path:
+    """Return the folder that ``--run-dir`` names, or a new one named by config and time."""
+    return args.run_dir or Path("runs") / f"{Path(args.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
 def _train(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
-    run_dir = args.run_dir or Path("runs") / f"{Path(args.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = run_dir_of(args)
     # Here, not above: torch and timm take seconds to import, and a mistyped key should be told at once.
     with interruption.handled():
         from uhml.train import train

@@ -23,6 +23,7 @@ from uhml import distributed
 from uhml.data.decode import load_rgb
 from uhml.data.pictures import Pictures
 from uhml.errors import UserError
+from uhml.files import write_whole
 from uhml.metrics import Scores
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,9 @@ class Reporter:
             "world_size": distributed.world_size(),
             "seconds": round(seconds, 1),
         }
-        distributed.on_main(lambda: _write_json(self.run_dir / "result.json", result), interruptible=False)
+        distributed.on_main(
+            lambda: write_whole(self.run_dir / "result.json", json.dumps(result, indent=2) + "\n"), interruptible=False
+        )
         if self.active:
             if before and after:
                 # A pipe has no width of its own, and a table cut off at 80 columns helps nobody.
@@ -199,10 +202,3 @@ def _table(before: dict[str, Scores], after: dict[str, Scores], caption: str) ->
 
 def _ranks() -> str:
     return "1 process" if distributed.world_size() == 1 else f"{distributed.world_size()} ranks"
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Write aside first, so that no half-written result is ever found."""
-    aside = path.with_name(f"{path.name}.partial")
-    aside.write_text(json.dumps(value, indent=2) + "\n")
-    aside.replace(path)

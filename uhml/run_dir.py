@@ -14,6 +14,7 @@ from uhml import distributed, logs
 from uhml.checkpoint import newest_checkpoint
 from uhml.config import Config, dump_config, load_config, refuse_changes
 from uhml.errors import UserError
+from uhml.files import write_whole
 from uhml.status import FILE as STATUS
 from uhml.status import RunStatus, StatusReport, read_status, reported
 
@@ -126,9 +127,7 @@ def _prepare(
             _empty(run_dir, keep=(LOCK, LAUNCH))
         for name in ("checkpoints", "logs"):
             (run_dir / name).mkdir(exist_ok=True)
-        aside = run_dir / "config.yaml.partial"
-        aside.write_text(dump_config(config))
-        aside.replace(run_dir / "config.yaml")
+        write_whole(run_dir / "config.yaml", dump_config(config))
     except OSError as e:
         raise UserError(f"The run's folder {run_dir} cannot be written: {e}") from e
     return checkpoint, before, is_new

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from uhml.files import write_whole
 from uhml.interruption import Preempted
 
 FILE = "status.json"
@@ -65,9 +66,7 @@ def read_status(run_dir: Path) -> RunStatus | None:
 
 def write_status(run_dir: Path, status: RunStatus) -> None:
     """Put ``status`` in the place of the one before; who reads meanwhile reads the one or the other."""
-    aside = run_dir / f"{FILE}.partial"
-    aside.write_text(json.dumps(dataclasses.asdict(status), indent=2) + "\n")
-    aside.replace(run_dir / FILE)
+    write_whole(run_dir / FILE, json.dumps(dataclasses.asdict(status), indent=2) + "\n")
 
 
 class StatusReport:
