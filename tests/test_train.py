@@ -15,15 +15,18 @@ from PIL import Image, ImageDraw
 
 import uhml.train
 from uhml import cli, poincare
+from uhml.checkpoint import read_file, write_file
 from uhml.config import load_config, parse_dump
 from uhml.data.loading import training_batches
 from uhml.data.transforms import training_transform
 from uhml.data.verify import list_pictures
+from uhml.errors import UserError
 from uhml.hierarchy import Dendrogram
 from uhml.loss import HierarchicalLogRatioLoss, similarity_levels
 from uhml.model import build_embedder
 from uhml.random_state import restore_random_state
 from uhml.status import read_status
+from uhml.trained import load_trained
 from uhml.training_state import read_state
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -259,6 +262,21 @@ def test_init_from_takes_the_weights_and_nothing_else(finished, shapes, config, 
     assert result(run_dir)["start"] == result(finished)["trained"]
     assert result(run_dir)["trained"] == result(finished)["trained"]
     assert result(run_dir)["steps"] == 0
+
+
+def test_a_finished_run_is_loaded_to_be_used(finished, shapes, tmp_path):
+    trained = load_trained(str(finished))
+    assert trained.step == 4
+    assert trained.config.model.embedding_dim == 16
+    assert not trained.model.training
+    saved = read_file(trained.checkpoint)["model"]
+    assert trained.model.state_dict().keys() == saved.keys()
+    assert all(torch.equal(value, saved[name]) for name, value in trained.model.state_dict().items())
+    with pytest.raises(UserError, match="no such checkpoint"):
+        load_trained(str(tmp_path / "elsewhere"))
+    write_file(tmp_path / "weights.pt", {"model": saved})
+    with pytest.raises(UserError, match="weights alone"):
+        load_trained(str(tmp_path / "weights.pt"))
 
 
 def test_a_run_is_never_overwritten_unasked(finished, shapes, config, caplog):

@@ -123,30 +123,49 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"), reverse=True)
 
 
-def load_weights(model: nn.Module, source: str) -> None:
-    """Take the weights of another run's network, and nothing else, for ``model.init_from``.
+def find_checkpoint(source: str, name: str) -> tuple[Path, dict[str, Any]]:
+    """Read the checkpoint that a user names.
 
     Args:
-        model: gets the weights; every tensor must be there and fit.
         source: a checkpoint file, or a run's folder, whose newest checkpoint is meant.
+        name: what the messages call ``source``, such as "model.init_from=".
+
+    Returns:
+        Its path and what it holds.
 
     Raises:
-        UserError: no checkpoint there, or not of this network.
+        UserError: no checkpoint there.
     """
     path: Path | None = Path(source).expanduser()
     assert path is not None
     if path.is_dir():
         path = newest_checkpoint(path / "checkpoints")
         if path is None:
-            raise UserError(f"model.init_from={source}: the folder holds no checkpoints/step-*.pt.")
+            raise UserError(f"{name}{source}: the folder holds no checkpoints/step-*.pt.")
     if not path.is_file():
-        raise UserError(f"model.init_from={source}: no such checkpoint.")
+        raise UserError(f"{name}{source}: no such checkpoint.")
     try:
-        weights = read_file(path)["model"]
-    except (DamagedFile, KeyError, TypeError) as e:
-        raise UserError(f"model.init_from={path} is damaged or no checkpoint of uhml.") from e
+        state = read_file(path)
+    except DamagedFile as e:
+        raise UserError(f"{name}{path} is damaged or no checkpoint of uhml.") from e
+    if not isinstance(state, dict) or "model" not in state:
+        raise UserError(f"{name}{path} is damaged or no checkpoint of uhml.")
+    return path, state
+
+
+def load_weights(model: nn.Module, source: str) -> None:
+    """Take the weights of another run's network, and nothing else, for ``model.init_from``.
+
+    Args:
+        model: gets the weights; every tensor must be there and fit.
+        source: as for :func:`find_checkpoint`.
+
+    Raises:
+        UserError: no checkpoint there, or not of this network.
+    """
+    path, state = find_checkpoint(source, "model.init_from=")
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(state["model"])
     except (RuntimeError, TypeError) as e:
         reason = " ".join(str(e).split())[:300]
         raise UserError(

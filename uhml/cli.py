@@ -1,4 +1,4 @@
-"""The command line: ``uhml train``, ``uhml cluster``, ``uhml launch``, ``uhml status``, ``uhml cancel``."""
+"""The command line: ``uhml train``, and the commands of the table below."""
 
 import argparse
 import importlib
@@ -27,12 +27,13 @@ keys of CONFIG, each also as section.key=value on the command line (values are t
 
 """
 
-# Each a module of the package launch, which imports submitit.
-LAUNCHING = {
-    "launch": "submit a run, or a sweep of runs, to a SLURM cluster",
-    "status": "say how runs stand: waiting, running, finished, failed",
-    "cancel": "end a run, which saves first",
+COMMANDS = {
+    "cluster": ("uhml.hierarchy.command", "cluster a file of embeddings by average linkage"),
+    "launch": ("launch.launch", "submit a run, or a sweep of runs, to a SLURM cluster"),
+    "status": ("launch.status", "say how runs stand: waiting, running, finished, failed"),
+    "cancel": ("launch.cancel", "end a run, which saves first"),
 }
+"""Name, module and purpose; the module declares its options in ``add_arguments`` and works in ``run``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +75,7 @@ def _tell(error: Exception) -> None:
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """Return the parser; of the commands that import torch to know their options, only the one that is asked for."""
+    """Return the parser. Of the table's modules, which may import torch, it imports the one that is asked for only."""
     parser = argparse.ArgumentParser(prog="uhml", description=uhml.__doc__)
     parser.add_argument("--version", action="version", version=f"uhml {uhml.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -92,16 +93,10 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     train.add_argument("--overwrite", action="store_true", help="begin anew, in the place of the run in --run-dir")
     train.set_defaults(run=_train)
-    clustering = commands.add_parser("cluster", help="cluster a file of embeddings by average linkage")
-    if "cluster" in arguments[:1]:
-        from uhml.hierarchy import command
-
-        command.add_arguments(clustering)
-        clustering.set_defaults(run=command.run)
-    for name, what in LAUNCHING.items():
-        command_parser = commands.add_parser(name, help=what)
+    for name, (module_name, what) in COMMANDS.items():
+        command_parser = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
         if name in arguments[:1]:
-            module = importlib.import_module(f"launch.{name}")
+            module = importlib.import_module(module_name)
             module.add_arguments(command_parser)
             command_parser.set_defaults(run=module.run)
     return parser
