@@ -28,6 +28,14 @@ keys of CONFIG, each also as section.key=value on the command line (values are t
 """
 
 COMMANDS = {
+    "evaluate": ("uhml.commands.evaluate", "score a trained network, class by class, with sheets of its answers"),
+    "embed": ("uhml.commands.embed", "embed any pictures with a trained network, into a file"),
+    "search": ("uhml.commands.search", "find the pictures that are most like one"),
+    "explore": ("uhml.commands.explore", "write a page to walk through the pictures and their hierarchy"),
+    "compare": ("uhml.commands.compare", "put runs side by side, in a table and a plot"),
+    "export": ("uhml.commands.export", "write a trained network for use elsewhere, as safetensors or ONNX"),
+    "prepare": ("uhml.commands.prepare", "download and verify a data set"),
+    "check-data": ("uhml.commands.check_data", "say what is wrong with a tree of pictures"),
     "cluster": ("uhml.hierarchy.command", "cluster a file of embeddings by average linkage"),
     "launch": ("launch.launch", "submit a run, or a sweep of runs, to a SLURM cluster"),
     "status": ("launch.status", "say how runs stand: waiting, running, finished, failed"),
