@@ -172,6 +172,16 @@ def test_an_unknown_key_is_refused_with_the_nearest(file, source, section, key, 
         "eval.recall_at=[]",
         "eval.recall_at=[0]",
         "eval.batch_size=0",
+        "model.curvature=true",
+        "hierarchy.cuts=[true]",
+        "hierarchy.cuts=[0.5, false]",
+        "mining.num_views=true",
+        "loss.omega='0.5'",
+        "optim.learning_rate=true",
+        "optim.weight_decay=false",
+        "data.center_crop=true",
+        "data.augment_scale=[0.2, true]",
+        "eval.recall_at=[true]",
     ],
 )
 def test_a_value_of_the_wrong_type_or_range_is_refused_by_its_key(file, override):
@@ -243,12 +253,20 @@ def test_what_is_no_override_is_refused(file, override):
     assert refusal(file(""), override)
 
 
-def test_a_file_that_is_not_there_gets_the_nearest():
-    message = refusal(CONFIGS / "quikstart.yaml")
-    assert "There is no config file" in message
-    assert "Did you mean 'quickstart.yaml'?" in message
-    assert "quickstart.yaml" in refusal(CONFIGS / "zzzz")
-    assert "There is no config file" in refusal("/nowhere/at/all.yaml")
+def test_a_file_that_is_not_there_gets_the_nearest_with_its_folder(tmp_path, monkeypatch):
+    quickstart = str(CONFIGS / "quickstart.yaml")
+    assert f"Did you mean {quickstart!r}?" in refusal(CONFIGS / "quikstart.yaml")
+    message = refusal(CONFIGS / "zzzz")
+    assert quickstart in message
+    assert "Did you mean" not in message
+    monkeypatch.chdir(tmp_path)
+    assert refusal("/nowhere/at/all.yaml") == "There is no config file /nowhere/at/all.yaml."
+    # Both the folder that was named and configs/ here are looked into.
+    monkeypatch.chdir(CONFIGS.parent)
+    for typed in ("quickstart.yaml", "quickstart", "nowhere/quikstart.yml", CONFIGS / "paper" / "quickstrat.yaml"):
+        assert "Did you mean 'configs/quickstart.yaml'?" in refusal(typed)
+    (tmp_path / "mine.yaml").touch()
+    assert f"Did you mean {str(tmp_path / 'mine.yaml')!r}?" in refusal(tmp_path / "mien.yaml")
 
 
 # The manual and the command line

@@ -6,6 +6,7 @@ process group, picture or weight is touched.
 """
 
 import dataclasses
+import difflib
 import math
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -23,12 +24,13 @@ from uhml.errors import UserError, did_you_mean
 
 _SETTINGS = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-# Strict, so that neither true nor 1.0 passes for a whole number.
+# Strict, so that true does not pass for a number, nor 1.0 for a whole one.
+Positive = Annotated[float, Field(gt=0, strict=True)]
+NonNegative = Annotated[float, Field(ge=0, strict=True)]
+Share = Annotated[float, Field(gt=0, le=1, strict=True)]
 Whole = Annotated[int, Field(ge=0, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
-Share = Annotated[float, Field(gt=0, le=1)]
+Number = Annotated[int, Field(strict=True)] | Annotated[float, Field(strict=True)]
 
 
 def _section(cls: type) -> Any:
@@ -100,7 +102,7 @@ class ModelConfig:
     embedding_dim: Count = 128
     """Number of dimensions of the embedding."""
 
-    curvature: Annotated[float, Field(ge=0, le=80)] = 0.1
+    curvature: Annotated[float, Field(ge=0, le=80, strict=True)] = 0.1
     """c in the ball's sectional curvature -c; its radius is 1/sqrt(c). 0 is the Euclidean control."""
 
     clip_radius: Positive = 2.3
@@ -143,7 +145,7 @@ class HierarchyConfig:
     """What hierarchy.cuts gives for each level: a number of clusters, a height of the tree (the article's delta), or
     the quantile of all merges that are carried out: 0.9 leaves a tenth as many clusters as pictures."""
 
-    cuts: Annotated[tuple[int | float, ...], Field(min_length=1, strict=False)] = (0.9, 0.975, 0.995)
+    cuts: Annotated[tuple[Number, ...], Field(min_length=1, strict=False)] = (0.9, 0.975, 0.995)
     """One value per level, finest level first: falling for counts, rising for heights and quantiles."""
 
 
@@ -155,15 +157,15 @@ class MiningConfig:
     """M: pictures of one finest-level cluster in a batch. The number of clusters P follows from
     train.global_batch_size = P x M x mining.num_views."""
 
-    num_views: Literal[1, 2] = 2
-    """Augmented views of each picture in a batch. Two views of one picture form a level of their own, the finest."""
+    num_views: Annotated[int, Field(ge=1, le=2, strict=True)] = 2
+    """Augmented views of each picture in a batch, 1 or 2. Two views of one picture form a level of their own, the finest."""
 
 
 @_section
 class LossConfig:
     """The hierarchical log-ratio loss."""
 
-    omega: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    omega: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.8
     """Ratio of distances asked for between neighbouring levels: a pair one level closer shall be at omega times the
     distance. Nearer 1 is gentler."""
 
@@ -276,9 +278,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        here = f" {path.parent}/ holds {', '.join(near)}." if near else ""
-        raise UserError(f"There is no config file {path}.{did_you_mean(path.name, near) or here}")
+        raise UserError(f"There is no config file {path}.{_other_configs(path)}")
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise UserError(f"{override!r} is no override: write section.key=value, as in train.num_steps=100.")
@@ -291,6 +291,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError, OSError) as e:
         raise UserError(f"{path} and the overrides are no valid YAML mapping: {' '.join(str(e).split())}") from e
     return parse_config(cast(dict[Any, Any], raw), str(path))
+
+
+def _other_configs(path: Path) -> str:
+    """Help those who mistyped the name, or left out the folder: ``quickstart.yaml`` for ``configs/quickstart.yaml``."""
+    others = {p.name: p for folder in (Path("configs"), path.parent) for p in sorted(folder.glob("*.yaml"))}
+    if close := difflib.get_close_matches(path.name, others, n=1):
+        return f" Did you mean {str(others[close[0]])!r}?"
+    return f" There are {', '.join(map(str, others.values()))}." if others else ""
 
 
 def parse_config(raw: dict[Any, Any], source: str) -> Config:
