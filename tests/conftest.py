@@ -6,11 +6,21 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from uhml.data.glyphs import glyphs
 
 # A shell without job control has its background jobs ignore Ctrl-C, and what the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def one_thread():
+    """torch sums in the same order whatever the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _unpacked(archive: str, folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:

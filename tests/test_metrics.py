@@ -14,18 +14,11 @@ from uhml import metrics
 from uhml.hierarchy.geometry import Geometry
 from uhml.metrics import Embedded, retrieval, score
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RECALL_AT = (1, 2, 4, 8)
 COSINE = Geometry("cosine")
 BALL = Geometry("poincare", 0.1)
 geometries = pytest.mark.parametrize("geometry", [COSINE, BALL, Geometry("poincare", 0.0)], ids=["cos", "ball", "flat"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pictures(n, num_classes, seed, dim=5, duplicates=0.3):

@@ -20,18 +20,11 @@ from uhml.errors import UserError
 from uhml.model import Backbone, Embedder, FeatureMoments, HyperbolicHead, build_backbone, build_embedder
 from uhml.poincare import distance_matrix
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = 64
 GOOGLENET = pytest.param(
     "torchvision/googlenet", marks=pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def correlated(n, num_features, seed=0):
