@@ -45,7 +45,7 @@ def test_a_new_folder_gets_the_config_and_a_log_while_the_run_lasts(tmp_path):
         assert read_status(run_dir).state == "starting"
     logging.getLogger("uhml").error("after it")
     names = {path.name for path in run_dir.iterdir()}
-    assert names == {"config.yaml", "checkpoints", "logs", "status.json", "lock"} <= set(CONTENTS)
+    assert names == {"config.yaml", "checkpoints", "hierarchies", "logs", "status.json", "lock"} <= set(CONTENTS)
     assert load_config(run_dir / "config.yaml") == Config()
     assert read_status(run_dir).state == "finished"
     log = (run_dir / "logs" / "rank0.log").read_text()
@@ -55,12 +55,17 @@ def test_a_new_folder_gets_the_config_and_a_log_while_the_run_lasts(tmp_path):
 
 def test_an_unfinished_run_goes_on_from_its_newest_whole_checkpoint(unfinished, caplog):
     (unfinished / "checkpoints" / "step-00000006.partial").write_bytes(b"half")
-    (unfinished / "hierarchy.npzabc.part").write_bytes(b"half")
+    (unfinished / "hierarchies" / "step-00000006.npzabc.part").write_bytes(b"half")
+    for step in (2, 4, 6):
+        (unfinished / "hierarchies" / f"step-0000000{step}.npz").write_bytes(b"tree")
     assert (read_status(unfinished).state, read_status(unfinished).restarts) == ("preempted", 0)
     with open_run_dir(unfinished, Config()) as run:
         assert run.checkpoint.name == "step-00000004.pt"
         assert run.status.status.restarts == 1
     assert not list(unfinished.rglob("*.part*"))
+    # What comes after the checkpoint comes again, or with another config perhaps never.
+    trees = [f"step-0000000{step}.npz" for step in (2, 4)]
+    assert sorted(path.name for path in (unfinished / "hierarchies").iterdir()) == trees
     path = unfinished / "checkpoints" / "step-00000004.pt"
     path.write_bytes(path.read_bytes()[:-100])
     with open_run_dir(unfinished, Config()) as run:
@@ -95,7 +100,7 @@ def test_a_finished_run_is_replaced_only_when_told_so_and_only_what_a_run_leaves
     assert (tmp_path / "result.json").read_text() == "old"
     with open_run_dir(tmp_path, Config(), overwrite=True) as run:
         assert run.checkpoint is None
-    names = ["checkpoints", "config.yaml", "launch", "lock", "logs", "status.json"]
+    names = ["checkpoints", "config.yaml", "hierarchies", "launch", "lock", "logs", "status.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert list((tmp_path / "checkpoints").iterdir()) == []
     assert (tmp_path / "launch" / "old").exists()

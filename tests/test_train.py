@@ -31,6 +31,7 @@ from uhml.training_state import read_state
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NUM_CLASSES, PER_CLASS = 8, 9
+LAST_TREE = "hierarchies/step-00000004.npz"
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,9 @@ def test_run_leaves_exactly_these_files(finished, shapes, config):
         "checkpoints/step-00000000.pt",
         "checkpoints/step-00000002.pt",
         "checkpoints/step-00000004.pt",
-        "hierarchy.npz",
+        "hierarchies/step-00000000.npz",
+        "hierarchies/step-00000002.npz",
+        "hierarchies/step-00000004.npz",
         "logs/rank0.log",
     }
     saved = result(finished)
@@ -130,7 +133,7 @@ def test_run_leaves_exactly_these_files(finished, shapes, config):
         assert all(0 <= score <= 1 for score in (*row["recall_at_k"].values(), row["map_at_r"], row["nmi"]))
     # The resolved config runs the same run again.
     assert load_config(finished / "config.yaml") == load_config(config, [f"data.root={shapes}"])
-    assert Dendrogram.load(finished / "hierarchy.npz").num_points == NUM_CLASSES // 2 * PER_CLASS
+    assert Dendrogram.load(finished / LAST_TREE).num_points == NUM_CLASSES // 2 * PER_CLASS
     assert [line["step"] for line in figures(finished, "train")] == [1, 2, 3, 4]
     assert [line["step"] for line in figures(finished, "hierarchy")] == [0, 2, 4]
 
@@ -182,7 +185,7 @@ def test_ranks_do_not_change_the_run(finished, shapes, config, tmp_path, num_ran
     # Before the first step nothing but float32 rounding of the embeddings can differ.
     assert figures(run_dir, "train")[0]["loss"] == pytest.approx(figures(finished, "train")[0]["loss"], rel=1e-5)
     assert figures(run_dir, "hierarchy") == figures(finished, "hierarchy")
-    mine, theirs = (Dendrogram.load(path / "hierarchy.npz").cut(counts=[12, 6, 3]) for path in (finished, run_dir))
+    mine, theirs = (Dendrogram.load(path / LAST_TREE).cut(counts=[12, 6, 3]) for path in (finished, run_dir))
     assert torch.equal(mine, theirs)
     assert result(run_dir)["trained"]["recall_at_k"] == result(finished)["trained"]["recall_at_k"]
 
@@ -195,7 +198,7 @@ def test_unlabelled_folder_is_trained_and_not_scored(shapes, config, tmp_path, c
     assert run(config, flat, tmp_path / "run") == 0
     assert result(tmp_path / "run")["trained"] is None
     assert "nothing to score" in caplog.text
-    assert Dendrogram.load(tmp_path / "run" / "hierarchy.npz").num_points == NUM_CLASSES * PER_CLASS
+    assert Dendrogram.load(tmp_path / "run" / LAST_TREE).num_points == NUM_CLASSES * PER_CLASS
 
 
 def test_queries_search_their_gallery(shapes, config, tmp_path):
@@ -253,7 +256,7 @@ def test_corrupt_picture_is_refused_by_name_or_skipped_on_demand(shapes, config,
     assert "data.skip_corrupt=true" in caplog.text
     assert run(config, root, tmp_path / "skipping", "data.skip_corrupt=true") == 0
     assert "without 1 unreadable" in caplog.text
-    assert Dendrogram.load(tmp_path / "skipping" / "hierarchy.npz").num_points == NUM_CLASSES // 2 * PER_CLASS - 1
+    assert Dendrogram.load(tmp_path / "skipping" / LAST_TREE).num_points == NUM_CLASSES // 2 * PER_CLASS - 1
 
 
 def test_init_from_takes_the_weights_and_nothing_else(finished, shapes, config, tmp_path):
@@ -362,6 +365,9 @@ def test_going_on_needs_no_permission_for_what_changes_nothing(shapes, config, t
     assert run(config, elsewhere, cut, "data.num_workers=0", "train.checkpoint_every=1") == 0
     assert (cut / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     assert {**result(cut), "seconds": 0} == {**result(whole), "seconds": 0}
+    mine, theirs = (sorted((path / "hierarchies").iterdir()) for path in (cut, whole))
+    assert [path.name for path in mine] == [path.name for path in theirs]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(mine, theirs, strict=True))
     assert read_status(cut).restarts == 2
 
 

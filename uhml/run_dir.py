@@ -22,13 +22,14 @@ logger = logging.getLogger(__name__)
 
 LOCK = "lock"
 LAUNCH = "launch"
+HIERARCHIES = "hierarchies"
 
 CONTENTS = (
     "config.yaml",
     "metrics.jsonl",
     "result.json",
     "checkpoints",
-    "hierarchy.npz",
+    HIERARCHIES,
     "tensorboard",
     "logs",
     "nan-step-*.pt",
@@ -38,7 +39,7 @@ CONTENTS = (
 )
 """All that a run leaves, but for what a killed one was about to rename."""
 
-UNFINISHED = ("*.partial", "hierarchy.npz*.part")
+UNFINISHED = ("*.partial", "checkpoints/*.partial", f"{HIERARCHIES}/*.part")
 
 
 class OpenRun(NamedTuple):
@@ -119,13 +120,14 @@ def _prepare(
             _empty(run_dir, keep=(LOCK, LAUNCH, STATUS, "logs"))
         else:
             refuse_changes(load_config(run_dir / "config.yaml"), config, allow_change)
-            for part in UNFINISHED:
-                for path in (*run_dir.glob(part), *run_dir.glob(f"checkpoints/{part}")):
-                    path.unlink()
+            # Trees of later steps, too: with a changed config they may never be found again.
+            later = [path for path in run_dir.glob(f"{HIERARCHIES}/*.npz") if path.stem > checkpoint.stem]
+            for path in (*later, *(path for part in UNFINISHED for path in run_dir.glob(part))):
+                path.unlink()
         before = None if overwrite else read_status(run_dir)
         if overwrite:
             _empty(run_dir, keep=(LOCK, LAUNCH))
-        for name in ("checkpoints", "logs"):
+        for name in ("checkpoints", HIERARCHIES, "logs"):
             (run_dir / name).mkdir(exist_ok=True)
         write_whole(run_dir / "config.yaml", dump_config(config))
     except OSError as e:

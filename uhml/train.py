@@ -33,7 +33,7 @@ from uhml.not_finite import refuse_step
 from uhml.progress import progress
 from uhml.random_state import random_state, seed_generators
 from uhml.report import Reporter
-from uhml.run_dir import OpenRun, open_run_dir
+from uhml.run_dir import HIERARCHIES, OpenRun, open_run_dir
 from uhml.training_state import TrainingState, read_state
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ def discover_hierarchy(
 
     def cut() -> Tensor:
         assert tree is not None, "rank 0 has the tree"
-        tree.save(run.folder / "hierarchy.npz")
+        tree.save(run.folder / HIERARCHIES / f"step-{state.step:08d}.npz")
         levels = tree.cut(**{options.cut_by: options.cuts})  # type: ignore[arg-type]
         report.hierarchy(state.step, levels.numpy(), pictures)
         return levels

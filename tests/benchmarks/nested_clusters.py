@@ -24,7 +24,7 @@ def main() -> None:
     args = parser.parse_args()
     config = load_config(args.run_dir / "config.yaml")
     pictures = load_pictures(config.data).train
-    tree = Dendrogram.load(args.run_dir / "hierarchy.npz")
+    tree = Dendrogram.load(max((args.run_dir / "hierarchies").iterdir()))
     fine, coarse = tree.cut(**{config.hierarchy.cut_by: config.hierarchy.cuts}).numpy()[[0, -1]]
 
     figure, axes = plt.subplots(BANDS * ROWS // 2, 2 * COLUMNS + 1, figsize=(2 * COLUMNS * 0.42, BANDS * ROWS * 0.21))
