@@ -50,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done. 2: an error of the user's. 75: preempted, and the same command goes on where it stopped; 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = _parser(arguments)
+    # Some modules warn when they are imported, of nothing a user could do about.
+    with logs.to_terminal():
+        parser = _parser(arguments)
     # argparse gives up at overrides that follow an option; they are as good there as before it.
     args, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):

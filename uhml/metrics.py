@@ -67,11 +67,31 @@ def score(
         seed: of the k-means clusters.
     """
     recall, average_precision = retrieval(queries, gallery, geometry, recall_at)
+    clusters = kmeans_clusters(queries, geometry, seed)
+    return mean_scores(recall, average_precision, recall_at, queries.labels, clusters)
+
+
+def mean_scores(
+    recall: Tensor,
+    average_precision: Tensor,
+    recall_at: Sequence[int],
+    labels: NDArray[np.int64],
+    clusters: NDArray[np.int32],
+) -> Scores:
+    """Put together what :func:`retrieval` and :func:`kmeans_clusters` found. No collective.
+
+    Args:
+        recall: ``[n, len(recall_at)]``.
+        average_precision: ``[n]``.
+        recall_at: the K of Recall@K.
+        labels: ``[n]``, the queries' classes.
+        clusters: ``[n]``.
+    """
     has_relevant = ~average_precision.isnan()
     return Scores(
         recall_at_k={str(k): float(column.double().mean()) for k, column in zip(recall_at, recall.T, strict=True)},
         map_at_r=float(average_precision[has_relevant].mean()) if has_relevant.any() else 0.0,
-        nmi=_nmi(queries, geometry, seed),
+        nmi=float(normalized_mutual_info_score(labels, clusters)),
     )
 
 
@@ -135,17 +155,21 @@ def _average_precision_at_r(hits: Tensor, relevant: Tensor) -> Tensor:
     return (precision * hits * within_r).sum(1) / relevant
 
 
-def _nmi(embedded: Embedded, geometry: Geometry, seed: int) -> float:
-    """Cluster by k-means, on one rank, in the tangent space at the origin or on the unit sphere."""
+def kmeans_clusters(embedded: Embedded, geometry: Geometry, seed: int) -> NDArray[np.int32]:
+    """Cluster by k-means, on one rank, in the tangent space at the origin or on the unit sphere. A collective.
 
-    def cluster() -> float:
+    Returns:
+        ``[n]``, as many clusters as classes; the same on every rank.
+    """
+
+    def cluster() -> NDArray[np.int32]:
         rows = geometry.points(embedded.rows.double())
         if geometry.c > 0:
             rows = poincare.ball(geometry.c).logmap0(rows)
         num_classes = len(np.unique(embedded.labels))
         kmeans = KMeans(num_classes, init="random", n_init=1, max_iter=KMEANS_ITERATIONS, random_state=seed)
-        return float(normalized_mutual_info_score(embedded.labels, kmeans.fit_predict(rows.float().cpu().numpy())))
+        return kmeans.fit_predict(rows.float().cpu().numpy())
 
-    nmi = distributed.gather_objects(distributed.on_main(cluster))[0]
-    assert nmi is not None
-    return nmi
+    clusters = distributed.gather_objects(distributed.on_main(cluster))[0]
+    assert clusters is not None
+    return clusters

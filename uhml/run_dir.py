@@ -36,10 +36,12 @@ CONTENTS = (
     STATUS,
     LOCK,
     LAUNCH,
+    "evaluation",
+    "search",
 )
-"""All that a run leaves, but for what a killed one was about to rename."""
+"""All that a run leaves, and the commands that look into it, but for what a killed one was about to rename."""
 
-UNFINISHED = ("*.partial", "checkpoints/*.partial", f"{HIERARCHIES}/*.part")
+UNFINISHED = ("*.partial", "checkpoints/*.partial", f"{HIERARCHIES}/*.partial")
 
 
 class OpenRun(NamedTuple):

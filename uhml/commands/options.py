@@ -1,0 +1,128 @@
+"""What the commands that use a trained network share: their options, and the checks on them."""
+
+import argparse
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from yaml import YAMLError
+
+from uhml import distributed, interruption
+from uhml.config import Config, dump_config, parse_config
+from uhml.errors import UserError, did_you_mean, known_everywhere
+from uhml.trained import Trained, load_trained
+
+# What may differ from the run: which pictures, and how the machine is used.
+FREE = ("data.", "eval.", "train.device")
+
+
+def add_network_arguments(parser: argparse.ArgumentParser, examples: str) -> None:
+    """Declare which network is meant, and the overrides of its run's config.
+
+    Args:
+        parser: of the command.
+        examples: command lines to show, each indented by two spaces.
+    """
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "examples:\n" + examples
+    parser.add_argument(
+        "run_folder", metavar="RUN", help="folder of a run, whose newest checkpoint is taken, or a checkpoint"
+    )
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="overrides of the run's config: data.*, eval.* and train.device; with another data.dataset, the run's "
+        "data.root and data.num_classes no longer hold",
+    )
+
+
+@contextlib.contextmanager
+def opened(source: str, overrides: Sequence[str]) -> Iterator[Trained]:
+    """Join the process group, if there is one, with the network of a run on this rank's device.
+
+    Args:
+        source: as for :func:`uhml.trained.load_trained`.
+        overrides: of the run's config, as typed.
+
+    Raises:
+        UserError: no network there, or an override that is none or not free.
+    """
+    try:
+        trained = load_trained(source)
+        config = overridden(trained.config, overrides)
+    except UserError as e:
+        # Every rank looks at the same files.
+        raise known_everywhere(e) from e
+    with (
+        interruption.handled(),
+        distributed.process_group(config.train.device) as device,
+        # As in training: otherwise the last digits of a picture depend on how many were embedded before it.
+        torch.jit.optimized_execution(False),
+    ):
+        yield dataclasses.replace(trained, model=trained.model.to(device), config=config)
+
+
+def overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """Return a run's config with other pictures or another device.
+
+    Raises:
+        UserError: an override is none, or of what belongs to the trained network.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"{override!r} is no override: write section.key=value, as in data.root=my/pictures.")
+        if not override.startswith(FREE):
+            raise UserError(
+                f"{override}: the network is trained, and only data.*, eval.* and train.device can differ from its run."
+                f"{did_you_mean(override.partition('=')[0], ('train.device', 'data.root', 'data.dataset'))}"
+            )
+    merged = OmegaConf.create(dump_config(config))
+    try:
+        changes = OmegaConf.from_dotlist(list(overrides))
+        if OmegaConf.select(changes, "data.dataset", default=config.data.dataset) != config.data.dataset:
+            merged.data.root, merged.data.num_classes = None, None
+        raw = OmegaConf.to_container(OmegaConf.merge(merged, changes), resolve=True)
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as e:
+        raise UserError(f"The overrides are no valid YAML: {' '.join(str(e).split())}") from e
+    return parse_config(cast(dict[Any, Any], raw), "the run's config")
+
+
+def check_out(path: Path, option: str, suffixes: Sequence[str], overwrite: bool) -> None:
+    """Look before the work whether its result can be written.
+
+    Args:
+        path: the file to be.
+        option: what the user calls it, such as "--out".
+        suffixes: one of which it must have.
+        overwrite: whether it may be there already.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"{option} {path} must end in {' or '.join(suffixes)}.")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{option} {path}: there is no folder {path.absolute().parent} to write to.")
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder: name a file.")
+    if path.exists() and not overwrite:
+        raise UserError(f"{option} {path} is there already: name another file, or add --overwrite.")
+
+
+def console() -> Console:
+    """Return where tables go. A pipe has no width of its own."""
+    return Console(width=None if Console().is_terminal else 120)
+
+
+def run_folder(trained: Trained) -> Path:
+    """Return the folder of the run that a network is from; for a checkpoint that lies alone, the folder it lies in."""
+    folder = trained.checkpoint.parent
+    return folder.parent if folder.name == "checkpoints" else folder
