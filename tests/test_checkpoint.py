@@ -1,6 +1,4 @@
-import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +6,7 @@ import torch
 from torch import nn
 
 from uhml import checkpoint
-from uhml.checkpoint import DamagedFile, load_weights, newest_checkpoint, read_file, save_checkpoint
+from uhml.checkpoint import DamagedFile, keep_best, load_weights, newest_checkpoint, read_file, save_checkpoint
 from uhml.config import OptimConfig
 from uhml.errors import UserError
 from uhml.model import Embedder, HyperbolicHead
@@ -78,32 +76,6 @@ def test_nor_does_an_interrupted_one(tmp_path, monkeypatch, error):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_new_file_takes_the_place_of_the_old_in_one_step(tmp_path):
-    path = save_checkpoint(tmp_path, 1, {"model": {"a": torch.ones(2)}}, 3)
-    old = path.read_bytes()
-    with path.open("rb") as reader:
-        save_checkpoint(tmp_path, 1, {"model": {"a": torch.zeros(2)}}, 3)
-        # Who reads the old one meanwhile reads all of it.
-        assert reader.read() == old
-    assert path.read_bytes() != old
-
-
-def test_the_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    synced = []
-
-    def fsync(descriptor):
-        what = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        synced.append((what.name, [p.name for p in tmp_path.iterdir()]))
-
-    monkeypatch.setattr(checkpoint.os, "fsync", fsync)
-    save_checkpoint(tmp_path, 1, {}, 3)
-    # The file under its first name, then the folder with the new one.
-    assert synced == [
-        ("step-00000001.partial", ["step-00000001.partial"]),
-        (tmp_path.name, ["step-00000001.pt"]),
-    ]
-
-
 def steps(folder):
     return sorted(int(path.stem[5:]) for path in folder.iterdir())
 
@@ -126,6 +98,25 @@ def test_the_newest_are_kept_and_none_goes_before_the_new_one_is_safe(tmp_path, 
     assert steps(tmp_path) == [4, 5, 6]
     save_checkpoint(tmp_path, 6, {"step": 6}, 1)
     assert steps(tmp_path) == [6]
+
+
+def test_the_best_one_is_a_copy_that_stays(tmp_path, monkeypatch):
+    for step in (2, 4):
+        save_checkpoint(tmp_path, step, {"step": step}, 1)
+        keep_best(tmp_path, step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "step-00000004.pt"]
+    save_checkpoint(tmp_path, 6, {"step": 6}, 1)
+    assert read_file(tmp_path / "best.pt") == {"step": 4}
+
+    def fail(source, target):
+        target.write(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint.shutil, "copyfileobj", fail)
+    with pytest.raises(OSError, match="disk full"):
+        keep_best(tmp_path, 6)
+    assert read_file(tmp_path / "best.pt") == {"step": 4}
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def same(a, b):

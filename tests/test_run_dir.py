@@ -54,15 +54,15 @@ def test_a_new_folder_gets_the_config_and_a_log_while_the_run_lasts(tmp_path):
 
 
 def test_an_unfinished_run_goes_on_from_its_newest_whole_checkpoint(unfinished, caplog):
-    (unfinished / "checkpoints" / "step-00000006.partial").write_bytes(b"half")
-    (unfinished / "hierarchies" / "step-00000006.npzabc.part").write_bytes(b"half")
+    (unfinished / "checkpoints" / "step-00000006.pt.partial").write_bytes(b"half")
+    (unfinished / "hierarchies" / "step-00000006.npz.partial").write_bytes(b"half")
     for step in (2, 4, 6):
         (unfinished / "hierarchies" / f"step-0000000{step}.npz").write_bytes(b"tree")
     assert (read_status(unfinished).state, read_status(unfinished).restarts) == ("preempted", 0)
     with open_run_dir(unfinished, Config()) as run:
         assert run.checkpoint.name == "step-00000004.pt"
         assert run.status.status.restarts == 1
-    assert not list(unfinished.rglob("*.part*"))
+    assert not list(unfinished.rglob("*.partial"))
     # What comes after the checkpoint comes again, or with another config perhaps never.
     trees = [f"step-0000000{step}.npz" for step in (2, 4)]
     assert sorted(path.name for path in (unfinished / "hierarchies").iterdir()) == trees

@@ -5,18 +5,22 @@ when it loads; we do.
 """
 
 import logging
-import os
 import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import nn
 
 from uhml.errors import UserError
+from uhml.files import opened_aside
 
 logger = logging.getLogger(__name__)
+
+EXPORTED = "model.safetensors"
+"""What ``uhml export`` calls the file that is as good as a checkpoint for all but going on with the run."""
 
 
 class DamagedFile(Exception):
@@ -42,19 +46,9 @@ def write_file(path: Path, state: dict[str, Any]) -> None:
     Raises:
         UserError: the file cannot be written; what was there before is untouched.
     """
-    aside = path.with_suffix(".partial")
     try:
-        with aside.open("wb") as file:
+        with opened_aside(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        # The new name itself is on the disk only once the folder is.
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
     except (OSError, RuntimeError) as e:
         # torch tells of a full disk by an error of its own while it handles the system's.
         reason = e.__context__ if isinstance(e.__context__, OSError) else e
@@ -62,8 +56,6 @@ def write_file(path: Path, state: dict[str, Any]) -> None:
             f"{path} cannot be written ({reason}). Earlier checkpoints are untouched: make room, and start the same "
             "command again to go on from the last one."
         ) from e
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def keep_best(folder: Path, step: int) -> None:
@@ -72,14 +64,8 @@ def keep_best(folder: Path, step: int) -> None:
     Raises:
         OSError: the file cannot be written; the best before is untouched.
     """
-    aside = folder / "best.partial"
-    try:
-        shutil.copyfile(folder / f"step-{step:08d}.pt", aside)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(folder / "best.pt")
-    finally:
-        aside.unlink(missing_ok=True)
+    with (folder / f"step-{step:08d}.pt").open("rb") as newest, opened_aside(folder / "best.pt") as best:
+        shutil.copyfileobj(newest, best)
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -98,6 +84,25 @@ def read_file(path: Path) -> dict[str, Any]:
         raise
     except Exception as e:  # what a damaged file raises depends on where it is damaged
         raise DamagedFile(f"{path}: {' '.join(str(e).split())[:200]}") from e
+
+
+def read_exported(path: Path) -> dict[str, Any]:
+    """Read what :func:`uhml.export.write_safetensors` wrote: ``model``, ``config`` and ``step``, as in a checkpoint.
+
+    Of another program's file, which says nothing of a run, it returns ``model`` alone.
+
+    Raises:
+        DamagedFile: the file is not in the format.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            state: dict[str, Any] = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+            said = file.metadata() or {}
+        if "uhml" in said:
+            state |= {"config": said["config"], "step": int(said["step"])}
+    except (safetensors.SafetensorError, KeyError, ValueError) as e:
+        raise DamagedFile(f"{path}: {e}") from e
+    return state
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -127,7 +132,8 @@ def find_checkpoint(source: str, name: str) -> tuple[Path, dict[str, Any]]:
     """Read the checkpoint that a user names.
 
     Args:
-        source: a checkpoint file, or a run's folder, whose newest checkpoint is meant.
+        source: a checkpoint file, or a run's folder, whose newest checkpoint is meant; or a file or folder that
+            ``uhml export --format safetensors`` wrote.
         name: what the messages call ``source``, such as "model.init_from=".
 
     Returns:
@@ -138,14 +144,16 @@ def find_checkpoint(source: str, name: str) -> tuple[Path, dict[str, Any]]:
     """
     path: Path | None = Path(source).expanduser()
     assert path is not None
-    if path.is_dir():
+    if path.is_dir() and (path / EXPORTED).is_file():
+        path = path / EXPORTED
+    elif path.is_dir():
         path = newest_checkpoint(path / "checkpoints")
         if path is None:
             raise UserError(f"{name}{source}: the folder holds no checkpoints/step-*.pt.")
     if not path.is_file():
         raise UserError(f"{name}{source}: no such checkpoint.")
     try:
-        state = read_file(path)
+        state = read_exported(path) if path.suffix == ".safetensors" else read_file(path)
     except DamagedFile as e:
         raise UserError(f"{name}{path} is damaged or no checkpoint of uhml.") from e
     if not isinstance(state, dict) or "model" not in state:

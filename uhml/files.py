@@ -1,10 +1,37 @@
 """Files that are never found half written."""
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
+
+
+@contextlib.contextmanager
+def opened_aside(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes its place at ``path`` when the block ends well; otherwise nothing has happened.
+
+    It is written aside, forced to the disk and renamed: who opens ``path`` at any time, also after the machine lost its
+    power, finds all of what was there before or all of what is there now.
+    """
+    aside = path.with_name(f"{path.name}.partial")
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        # The new name itself is on the disk only once the folder is.
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write aside, then rename: who reads meanwhile reads what was there before, or all of ``text``."""
-    aside = path.with_name(f"{path.name}.partial")
-    aside.write_text(text)
-    aside.replace(path)
+    """Write a small file, as :func:`opened_aside` does."""
+    with opened_aside(path) as file:
+        file.write(text.encode())

@@ -166,7 +166,7 @@ def assert_same(run_dir, whole):
     assert any("/random_states/" in key for key in mine)
     differ = [key for key in mine if key != "/seconds" and not _equal(mine[key], theirs[key])]
     assert differ == []
-    assert not list(run_dir.rglob("*.part*"))
+    assert not list(run_dir.rglob("*.partial"))
 
 
 def _flat(value, key=""):

@@ -1,7 +1,5 @@
 """The tree that hierarchical clustering builds, and its cuts."""
 
-import os
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from uhml.errors import UserError
+from uhml.files import opened_aside
 
 EXAMPLES = {"counts": "1000, 100, 10", "heights": "0.5, 0.9", "quantiles": "0.9, 0.99"}
 
@@ -187,16 +186,8 @@ class Dendrogram:
 
     def save(self, path: str | Path) -> None:
         """Write the tree to ``path`` as an ``.npz`` file: complete, or not at all."""
-        path = Path(path)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
-            try:
-                np.savez(file, linkage=self._linkage)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        with opened_aside(Path(path)) as file:
+            np.savez(file, linkage=self._linkage)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
