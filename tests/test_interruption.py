@@ -10,6 +10,14 @@ from uhml.interruption import SIGNALS, Preempted, at_once, check, handled
 HERE = os.getpid()
 
 
+@pytest.fixture(autouse=True)
+def terminal_that_can_be_closed():
+    """nohup, under which the tests may run, has SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def test_signals_are_remembered_until_they_are_asked_for_and_handlers_come_back():
     before = [signal.getsignal(number) for number in SIGNALS]
     for number in SIGNALS:
@@ -69,12 +77,13 @@ def test_a_second_ctrl_c_ends_the_run_without_saving_if_it_is_a_persons(monkeypa
             os.kill(HERE, signal.SIGINT)
 
 
-def test_what_is_ignored_stays_so():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_is_ignored_stays_so(number):
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with handled():
-            os.kill(HERE, signal.SIGINT)
+            os.kill(HERE, number)
             check()
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert signal.getsignal(number) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)

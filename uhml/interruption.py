@@ -1,9 +1,10 @@
 """Preemption: a signal asks the run to end, and the run ends where nothing is lost.
 
-A cluster sends SIGUSR2 or SIGTERM before it takes the machine away, and Ctrl-C is SIGINT. Inside :func:`handled` these
-do not end the process but are remembered. The run looks after them where all ranks are at the same step
-(:func:`uhml.distributed.on_every_rank`), so that all of them raise :class:`Preempted` together. Only within
-:func:`at_once`, around work whose loss costs no step, does the signal itself raise it.
+A cluster sends SIGUSR2 or SIGTERM before it takes the machine away; a terminal sends SIGINT for Ctrl-C, and SIGHUP when
+it is closed. Inside :func:`handled` these do not end the process but are remembered, unless they are ignored, as nohup
+has SIGHUP. The run looks after them where all ranks are at the same step (:func:`uhml.distributed.on_every_rank`), so
+that all of them raise :class:`Preempted` together. Only within :func:`at_once`, around work whose loss costs no step,
+does the signal itself raise it.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 START_AGAIN = os.EX_TEMPFAIL
 """Exit status of a run that goes on when the same command is started again."""

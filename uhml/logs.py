@@ -1,6 +1,7 @@
 """Log lines: rank 0's on the terminal, every rank's in a file of its own."""
 
 import contextlib
+import errno
 import logging
 import sys
 import warnings
@@ -18,7 +19,12 @@ class _AboveProgressBars(logging.Handler):
     """Writes lines to stderr without tearing a progress bar apart."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except OSError as e:
+            # The terminal was closed: the run, which is about to end by SIGHUP, still has its own log.
+            if e.errno != errno.EIO:
+                raise
 
 
 @contextlib.contextmanager

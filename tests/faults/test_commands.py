@@ -1,9 +1,12 @@
 """The commands as people type them, ended from outside."""
 
+import fcntl
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -69,3 +72,36 @@ def test_it_saves_goes_on_and_leaves_no_process(config, tmp_path, command, numbe
     assert ended.returncode == 0, ended.stderr
     assert f"Going on after step {step} of {step + 2}" in ended.stderr
     assert (read_status(run_dir).state, read_status(run_dir).restarts) == ("finished", 1)
+
+
+def test_it_saves_when_its_terminal_is_closed(config, tmp_path):
+    run_dir = tmp_path / "run"
+    command = [*UHML, "train", str(config), f"data.root={config.parent / 'shapes'}", "--run-dir", str(run_dir)]
+    command += ["model.backbone=test_resnet", "optim.learning_rate=1e-4", "train.num_steps=9999"]
+    ours, terminal = pty.openpty()
+
+    def at_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have had it ignored
+
+    process = subprocess.Popen(
+        command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True, preexec_fn=at_terminal
+    )
+    os.close(terminal)
+    os.set_blocking(ours, False)
+    said = b""
+    try:
+        while logged(run_dir) < 3:
+            assert process.poll() is None, said.decode()
+            try:
+                said += os.read(ours, 4096)
+            except BlockingIOError:
+                time.sleep(0.1)
+        os.close(ours)
+        assert process.wait(60) == 75
+    finally:
+        for pid in at_work(run_dir):
+            os.kill(pid, signal.SIGKILL)
+    assert read_status(run_dir).state == "preempted"
+    assert checkpoints(run_dir)[-1] == logged(run_dir)
+    assert "Stopped by SIGHUP" in (run_dir / "logs/rank0.log").read_text()
