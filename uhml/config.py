@@ -158,7 +158,8 @@ class MiningConfig:
     train.global_batch_size = P x M x mining.num_views."""
 
     num_views: Annotated[int, Field(ge=1, le=2, strict=True)] = 2
-    """Augmented views of each picture in a batch, 1 or 2. Two views of one picture form a level of their own, the finest."""
+    """Augmented views of each picture in a batch, 1 or 2. Two views of one picture form a level of their own, the
+    finest."""
 
 
 @_section
