@@ -32,7 +32,8 @@ def load_trained(source: str, device: torch.device | str = "cpu") -> Trained:
     """Load the network of a run.
 
     Args:
-        source: the run's folder, whose newest checkpoint is meant, or a checkpoint file.
+        source: the run's folder, whose newest checkpoint is meant, or a checkpoint file, or what ``uhml export`` made
+            of one as safetensors.
         device: where the network is to be.
 
     Raises:
