@@ -15,9 +15,15 @@ from uhml.status import read_status
 
 logger = logging.getLogger("uhml.launch")
 
+EXAMPLES = """\
+examples:
+  uhml cancel runs/mine
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``uhml cancel``."""
+    parser.epilog = EXAMPLES
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of a run or of a sweep")
 
 

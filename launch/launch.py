@@ -39,7 +39,6 @@ LOCAL_MINUTES = 60 * 24 * 365
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``uhml launch``."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
     add_run_arguments(
         parser,

@@ -14,6 +14,12 @@ from launch.overview import View, look, readable
 from launch.record import SweepRecord, read_record
 from uhml.errors import UserError, did_you_mean
 
+EXAMPLES = """\
+examples:
+  uhml status runs/mine
+  uhml status runs/* --json
+"""
+
 STYLES = {"finished": "green", "running": "bold", "failed": "red", "lost": "red", "cancelled": "yellow"}
 SEED = "train.seed"
 EMBEDDINGS = ("frozen", "untrained", "trained")
@@ -21,6 +27,7 @@ EMBEDDINGS = ("frozen", "untrained", "trained")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``uhml status``."""
+    parser.epilog = EXAMPLES
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run or of a sweep")
     parser.add_argument("--json", action="store_true", help="print a list of objects for scripts")
 

@@ -326,14 +326,6 @@ def test_what_may_change_unasked_are_keys_that_there_are():
     assert {f"{section}.{key}" for section, key in KEYS} > FREE_TO_CHANGE
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["trian", "x"], ["train", "x", "--run-dri", "y"], ["--seed"]])
-def test_a_wrong_command_ends_with_status_2(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
-    assert caught.value.code == 2
-    assert "usage: uhml" in capsys.readouterr().err
-
-
 def test_a_mistyped_key_ends_with_status_2_and_one_line():
     command = [sys.executable, "-m", "uhml", "train", str(CONFIGS / "quickstart.yaml"), "train.num_stps=3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)

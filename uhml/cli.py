@@ -7,12 +7,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import uhml
 from uhml import interruption, logs
 from uhml.config import describe_keys, load_config
 from uhml.environment import place
-from uhml.errors import RankFailed, UserError, is_known_everywhere
+from uhml.errors import RankFailed, UserError, did_you_mean, is_known_everywhere
 from uhml.interruption import Preempted
 
 logger = logging.getLogger(__name__)
@@ -52,11 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # Some modules warn when they are imported, of nothing a user could do about.
     with logs.to_terminal():
-        parser = _parser(arguments)
+        parser, commands = _parsers(arguments)
+    _refuse_misspelt(parser, commands, arguments)
     # argparse gives up at overrides that follow an option; they are as good there as before it.
     args, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        commands[arguments[0]].error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
     with logs.to_terminal():
@@ -84,9 +86,22 @@ def _tell(error: Exception) -> None:
         logger.error("error: %s", error)
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """Return the parser. Of the table's modules, which may import torch, it imports the one that is asked for only."""
-    parser = argparse.ArgumentParser(prog="uhml", description=uhml.__doc__)
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line, and shows examples as they are written."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parsers(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser, and that of each command.
+
+    Of the table's modules, which may import torch, it imports the one that is asked for only.
+    """
+    parser = _Parser(prog="uhml", description=uhml.__doc__)
     parser.add_argument("--version", action="version", version=f"uhml {uhml.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser(
@@ -94,7 +109,6 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         help="train an embedding from a folder of pictures and score it",
         description="Train a hyperbolic embedding without labels, and score it on unseen classes where there are any.",
         epilog=TRAIN_EXAMPLES + describe_keys(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_run_arguments(
         train,
@@ -109,7 +123,29 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
             module = importlib.import_module(module_name)
             module.add_arguments(command_parser)
             command_parser.set_defaults(run=module.run)
-    return parser
+    return parser, commands.choices
+
+
+def _refuse_misspelt(
+    parser: argparse.ArgumentParser, commands: dict[str, argparse.ArgumentParser], arguments: Sequence[str]
+) -> None:
+    """Say what was meant before argparse looks, which would first of all miss what was misspelt."""
+    command = next(iter(arguments), "")
+    if command in commands:
+        parser, words = commands[command], arguments[1:]
+    elif command.startswith("-"):
+        words = arguments[:1]
+    elif command:
+        parser.error(f"there is no command {command}.{did_you_mean(command, commands)}")
+    else:
+        return
+    known = parser._option_string_actions
+    for option in (word.partition("=")[0] for word in words):
+        if option == "--":
+            break
+        # argparse takes the beginning of an option for it.
+        if option.startswith("--") and not any(other.startswith(option) for other in known):
+            parser.error(f"there is no option {option}.{did_you_mean(option, known)}")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, config: str, run_dir: str) -> None:

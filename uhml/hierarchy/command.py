@@ -19,12 +19,20 @@ from uhml.hierarchy.linkage import EXACT_SEARCH_UP_TO, MIN_RECALL, MODES, averag
 
 logger = logging.getLogger(__name__)
 
+EXAMPLES = """\
+examples:
+  uhml cluster embeddings.npy --out tree.npz
+  uhml cluster embeddings.npy --geometry cosine --out tree.npz --counts 1000,100,10 --levels levels.npy --plot tree.png
+  uhml cluster embeddings.npy --mode exact --out tree.npz --labels labels.npy
+"""
+
 PLOTTED_CLUSTERS = 50
 PLOT_SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``uhml cluster``."""
+    parser.epilog = EXAMPLES
     parser.add_argument("embeddings", type=Path, metavar="EMBEDDINGS.npy", help="matrix of floats, one row a point")
     parser.add_argument("--out", type=Path, required=True, metavar="TREE.npz", help="where to write the tree")
     parser.add_argument("--mode", choices=MODES, default="graph", help="what is averaged (default: %(default)s)")

@@ -1,0 +1,78 @@
+import re
+import shlex
+
+import pytest
+
+from uhml import cli
+
+COMMANDS = ["train", *cli.COMMANDS]
+
+
+def ending(arguments, capsys):
+    """Exit status, and what was said on either stream."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    said = capsys.readouterr()
+    return caught.value.code, said.out, said.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_commands_help_has_examples_which_it_understands(command, capsys):
+    code, out, err = ending([command, "--help"], capsys)
+    assert (code, err) == (0, "")
+    examples = re.findall(rf"^  (uhml {command} .+)$", out, re.MULTILINE)
+    assert examples
+    for example in examples:
+        words = shlex.split(example)[1:]
+        words = words[: words.index(">")] if ">" in words else words
+        parser, commands = cli._parsers(words)
+        cli._refuse_misspelt(parser, commands, words)
+        args, rest = parser.parse_known_args(words)
+        assert callable(args.run)
+        # What follows an option and is no option itself is an override.
+        assert all("=" in word and not word.startswith("-") for word in rest)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_misspelt_option_of_any_command_is_answered_with_what_was_meant(command, capsys):
+    _, manual, _ = ending([command, "--help"], capsys)
+    options = set(re.findall(r"^  (?:-\w, )?(--[a-z-]+)", manual, re.MULTILINE)) | {"--help"}
+    for option in options:
+        # Two letters change places, before any required argument is given.
+        misspelt = option[:-2] + option[-1] + option[-2]
+        if misspelt in options or misspelt == option:
+            continue
+        for given in ([misspelt, "x"], [f"{misspelt}=x"], ["x", misspelt]):
+            code, out, err = ending([command, *given], capsys)
+            assert (code, out) == (2, "")
+            assert err.count("\n") == 1
+            assert f"uhml {command}: error: there is no option {misspelt}. Did you mean '{option}'?" in err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_misspelt_command_is_answered_with_what_was_meant(command, capsys):
+    code, out, err = ending([command[:-2] + command[-1] + command[-2], "--out", "x"], capsys)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert f"Did you mean {command!r}?" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "uhml: error: the following arguments are required: COMMAND (see uhml --help)"),
+        (["zzz"], "uhml: error: there is no command zzz. (see uhml --help)"),
+        (["--seed"], "uhml: error: there is no option --seed. (see uhml --help)"),
+        (["--verson"], "uhml: error: there is no option --verson. Did you mean '--version'?"),
+        (["train"], "uhml train: error: the following arguments are required: CONFIG"),
+        (["train", "x", "-q"], "uhml train: error: unrecognized arguments: -q"),
+        (["train", "x", "--run-dir"], "uhml train: error: argument --run-dir: expected one argument"),
+        (["cluster", "x.npy", "--out", "y.npz", "z"], "uhml cluster: error: unrecognized arguments: z"),
+        (["cluster", "x.npy", "--out", "y.npz", "--mode", "exakt"], "invalid choice: 'exakt'"),
+    ],
+)
+def test_other_mistakes_are_told_in_one_line_too(arguments, words, capsys):
+    code, out, err = ending(arguments, capsys)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert words in err
