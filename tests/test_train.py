@@ -16,12 +16,13 @@ from PIL import Image, ImageDraw
 import uhml.train
 from uhml import cli, poincare
 from uhml.checkpoint import read_file, write_file
-from uhml.config import load_config, parse_dump
+from uhml.config import Config, load_config, parse_dump
 from uhml.data.loading import training_batches
 from uhml.data.transforms import training_transform
 from uhml.data.verify import list_pictures
 from uhml.errors import UserError
-from uhml.hierarchy import Dendrogram
+from uhml.hierarchy import Dendrogram, linkage
+from uhml.hierarchy.knn import nearest_neighbors
 from uhml.loss import HierarchicalLogRatioLoss, similarity_levels
 from uhml.model import build_embedder
 from uhml.random_state import restore_random_state
@@ -169,6 +170,23 @@ def test_every_way_to_a_hierarchy(shapes, config, tmp_path, mode, geometry, cut_
     assert len(sizes) == len(cuts.split(","))
     assert sizes == sorted(sizes, reverse=True)
     assert all(1 <= size <= NUM_CLASSES // 2 * PER_CLASS for size in sizes)
+
+
+def test_the_search_for_neighbours_is_as_exact_as_asked(shapes, config, tmp_path, monkeypatch):
+    searches = []
+
+    def spied(*arguments, min_recall, **options):
+        searches.append(min_recall)
+        return nearest_neighbors(*arguments, min_recall=min_recall, **options)
+
+    monkeypatch.setattr(linkage, "nearest_neighbors", spied)
+    overrides = ["train.num_steps=0", "hierarchy.min_recall=0.7"]
+    assert run(config, shapes, tmp_path / "exact", *overrides) == 0
+    assert run(config, shapes, tmp_path / "fast", *overrides, "hierarchy.exact_search_up_to=35") == 0
+    # There are 36 pictures.
+    assert searches == [1.0, 0.7]
+    default = Config().hierarchy
+    assert (default.exact_search_up_to, default.min_recall) == (linkage.EXACT_SEARCH_UP_TO, linkage.MIN_RECALL)
 
 
 @pytest.mark.ddp

@@ -139,7 +139,14 @@ class HierarchyConfig:
     """What is near for the clustering: the ball's distance, or the angle between embeddings."""
 
     num_neighbors: Count = 20
-    """Neighbours of each picture in the k-NN graph."""
+    """Neighbours of each picture in the k-NN graph. This and the next two are for mode graph alone."""
+
+    exact_search_up_to: Count = 200_000
+    """Pictures up to which the neighbours are found exactly, by looking at all pairs."""
+
+    min_recall: Share = 0.9
+    """With more pictures: the share of the true neighbours to find at least, measured on a sample of them. Lower is
+    faster."""
 
     cut_by: Literal["counts", "heights", "quantiles"] = "quantiles"
     """What hierarchy.cuts gives for each level: a number of clusters, a height of the tree (the article's delta), or

@@ -213,6 +213,8 @@ def discover_hierarchy(
         geometry=options.geometry,
         curvature=config.model.curvature,
         num_neighbors=options.num_neighbors,
+        exact_search_up_to=options.exact_search_up_to,
+        min_recall=options.min_recall,
     )
 
     def cut() -> Tensor:
