@@ -96,7 +96,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def _parsers(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def _parsers(arguments: Sequence[str]) -> tuple[_Parser, dict[str, _Parser]]:
     """Return the parser, and that of each command.
 
     Of the table's modules, which may import torch, it imports the one that is asked for only.
@@ -126,9 +126,7 @@ def _parsers(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[st
     return parser, commands.choices
 
 
-def _refuse_misspelt(
-    parser: argparse.ArgumentParser, commands: dict[str, argparse.ArgumentParser], arguments: Sequence[str]
-) -> None:
+def _refuse_misspelt(parser: _Parser, commands: dict[str, _Parser], arguments: Sequence[str]) -> None:
     """Say what was meant before argparse looks, which would first of all miss what was misspelt."""
     command = next(iter(arguments), "")
     if command in commands:
