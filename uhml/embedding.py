@@ -1,28 +1,67 @@
 """Embed a whole set of pictures: each rank its share, once, without padding."""
 
 import contextlib
+import functools
+import hashlib
+import logging
 import math
+from collections.abc import Generator
+from pathlib import Path
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from uhml import distributed
 from uhml.config import Config
+from uhml.data.decode import UnreadablePicture
 from uhml.data.loading import share_loader
 from uhml.data.pictures import Pictures
 from uhml.data.transforms import plain_transform
 from uhml.data.workers import next_together
+from uhml.errors import known_everywhere
 from uhml.model import Embedder
 from uhml.progress import progress
+from uhml.trained import Trained
+from uhml.vectors import Unfinished, unfinished
+
+logger = logging.getLogger(__name__)
 
 NO_MORE = torch.empty(0)
 
 
+class Round(NamedTuple):
+    """What one rank has embedded between two looks at whether all ranks are well.
+
+    The ranks' rows of a round together are the next pictures in order, spread as
+    :func:`uhml.distributed.share` spreads rows.
+
+    Attributes:
+        rows: ``[b, d]``.
+        refused: for each row, why its picture cannot be read, so that the row means nothing; or an empty text.
+    """
+
+    rows: Tensor
+    refused: list[str]
+
+
+def pictures_per_round(config: Config) -> int:
+    """Return how many pictures the ranks embed together in one round. Not a collective."""
+    return distributed.world_size() * config.eval.batch_size
+
+
 @torch.inference_mode()
-def embed_share(
-    model: Embedder, pictures: Pictures, config: Config, description: str, *, features: bool = False
-) -> Tensor:
-    """Embed this rank's share of the pictures.
+def embed_rounds(
+    model: Embedder,
+    pictures: Pictures,
+    config: Config,
+    description: str,
+    *,
+    features: bool = False,
+    skip_corrupt: bool = False,
+    rounds_before: int = 0,
+) -> Generator[Round]:
+    """Embed this rank's share of the pictures, a batch at a time.
 
     Args:
         model: left in evaluation mode.
@@ -30,29 +69,119 @@ def embed_share(
         config: for the size of pictures and batches and the number of workers.
         description: for the progress bar.
         features: return the backbone's features instead of points of the ball.
+        skip_corrupt: go on where a picture cannot be read, and say so in the round.
+        rounds_before: that were taken before these pictures, for the progress bar.
+
+    Yields:
+        As many rounds on every rank, though some may have a row less in the last.
+
+    Raises:
+        Preempted: the run was asked to end, before one of the rounds.
+        UserError: a picture cannot be read any more.
+    """
+    model.eval()
+    embed, width = (model.features, model.backbone.num_features) if features else (model, config.model.embedding_dim)
+    transform = plain_transform(config.data, model.backbone.mean, model.backbone.std)
+    loader = share_loader(
+        pictures, transform, config.eval.batch_size, config.data.num_workers, skip_corrupt=skip_corrupt
+    )
+    # One at least, so that no pictures are zero rows of the right width.
+    num_rounds = max(1, math.ceil(len(pictures) / pictures_per_round(config)))
+    with contextlib.closing(iter(loader)) as batches:
+        for _ in progress(
+            range(num_rounds), description, total=rounds_before + num_rounds, done=rounds_before, unit="batch"
+        ):
+            batch = next_together(batches, NO_MORE)
+            if batch is NO_MORE:
+                yield Round(torch.empty(0, width, device=model.device), [])
+            else:
+                images, refused = batch if skip_corrupt else (batch, [""] * len(batch))
+                yield Round(embed(images.to(model.device, non_blocking=True)), list(refused))
+
+
+def embed_share(
+    model: Embedder, pictures: Pictures, config: Config, description: str, *, features: bool = False
+) -> Tensor:
+    """Embed this rank's share of the pictures; arguments and errors as for :func:`embed_rounds`.
 
     Returns:
         ``[len(share(n)), d]``, on the model's device; :func:`uhml.distributed.all_gather_shares` puts the shares
         together.
+    """
+    return torch.cat([found.rows for found in embed_rounds(model, pictures, config, description, features=features)])
+
+
+def embed_to_file(
+    trained: Trained,
+    pictures: Pictures,
+    out: Path,
+    *,
+    features: bool = False,
+    skip_corrupt: bool = False,
+    overwrite: bool = False,
+) -> list[str]:
+    """Embed pictures into a file; go on where an earlier call with the same arguments stopped. A collective.
+
+    Memory does not grow with the pictures, but for their names.
+
+    Args:
+        trained: the network.
+        pictures: the n pictures.
+        out: the file, see :mod:`uhml.vectors`. Where it is there already, it is replaced in the end.
+        features: write the backbone's features instead of points of the ball.
+        skip_corrupt: leave out pictures that cannot be read.
+        overwrite: begin anew where an earlier call with other arguments has not ended.
+
+    Returns:
+        Why pictures were left out, a sentence for each.
 
     Raises:
-        Preempted: the run was asked to end, before one of the batches.
-        UserError: a picture cannot be read any more.
+        Preempted: a signal asked for it. All is kept to go on, as it is after an error.
+        UserError: a picture cannot be read, or other work at this file is in the way.
     """
-    model.eval()
-    embed = model.features if features else model
-    transform = plain_transform(config.data, model.backbone.mean, model.backbone.std)
-    loader = share_loader(pictures, transform, config.eval.batch_size, config.data.num_workers)
-    rows = []
-    # As many rounds on every rank, though some may have a batch less: in each they agree that all is well.
-    num_rounds = math.ceil(len(pictures) / (distributed.world_size() * config.eval.batch_size))
-    with contextlib.closing(iter(loader)) as batches:
-        for _ in progress(range(num_rounds), description, unit="batch"):
-            images = next_together(batches, NO_MORE)
-            if images is not NO_MORE:
-                rows.append(embed(images.to(model.device, non_blocking=True)))
-    if rows:
-        return torch.cat(rows)
-    # A rank without a picture of its own still brings zero rows of the right width to the gather.
-    side = config.data.image_size
-    return embed(torch.zeros(1, 3, side, side, device=model.device))[:0]
+    config, a_round = trained.config, pictures_per_round(trained.config)
+    width = trained.model.backbone.num_features if features else config.model.embedding_dim
+    key = what_rows_depend_on(trained, pictures) | {"features": str(features)}
+    with contextlib.ExitStack() as stack:
+        opened = distributed.on_main(lambda: stack.enter_context(unfinished(out, width, key, overwrite)))
+        file = cast(Unfinished, opened)  # None but on rank 0, and there alone it is used
+        # Rounds begin where they would have: the last digits of a row may depend on the rows it is embedded with.
+        found = distributed.gather_objects(distributed.on_main(lambda: file.go_back(a_round)))[0]
+        done = cast(int, found)
+        if done:
+            logger.info("Going on after %s of %s pictures.", f"{done:,}", f"{len(pictures):,}")
+        rounds = embed_rounds(
+            trained.model,
+            pictures.select(range(done, len(pictures))),
+            config,
+            f"embed {len(pictures):,} pictures",
+            features=features,
+            skip_corrupt=True,
+            rounds_before=done // a_round,
+        )
+        stack.callback(rounds.close)
+        for own, refused in rounds:
+            start, done = done, min(done + a_round, len(pictures))
+            rows = distributed.all_gather_shares(own, done - start).cpu().numpy()
+            said = distributed.gather_objects(refused)
+            reasons = [said[i % len(said)][i // len(said)] for i in range(done - start)]
+            if any(reasons) and not skip_corrupt:
+                reason = next(filter(None, reasons))
+                remedy = "Mend it, or add --skip-corrupt to leave such pictures out; the same command then goes on."
+                raise known_everywhere(UnreadablePicture(f"{reason} {remedy}"))
+            distributed.on_main(functools.partial(Unfinished.append, file, rows, reasons), interruptible=False)
+        distributed.on_main(lambda: file.finish(out, pictures.paths), interruptible=False)
+    left_out = distributed.gather_objects(file.left_out if distributed.is_main() else [])[0]
+    return [reason for _, reason in left_out]
+
+
+def what_rows_depend_on(trained: Trained, pictures: Pictures) -> dict[str, str]:
+    """Return what tells rows of one network and of some pictures from those of others."""
+    data = trained.config.data
+    with trained.checkpoint.open("rb") as file:
+        checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "checkpoint": checkpoint,
+        "pictures": hashlib.sha256("\0".join(pictures.paths).encode(errors="surrogateescape")).hexdigest(),
+        "size": f"{data.image_size} {data.fit} {data.center_crop} {trained.config.model.inference_precision}",
+    }

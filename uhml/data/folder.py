@@ -35,17 +35,7 @@ def folder(root: Path | None) -> Splits:
         raise UserError("data.dataset=folder needs data.root: the folder with the pictures.")
     if not root.is_dir():
         raise UserError(f"data.root={root} is no folder; data.dataset=folder expects one with pictures.")
-    paths, num_others = [], 0
-    for path in _files(root):
-        if path.suffix.lower() in FORMATS:
-            paths.append(path)
-        else:
-            num_others += 1
-    if num_others:
-        logger.info("%s: passed over %s files that are no pictures", root, f"{num_others:,}")
-    if not paths:
-        raise UserError(f"data.root={root} holds no picture ({', '.join(FORMATS)}), nor do folders below it.")
-    paths.sort()
+    paths = pictures_below(root, f"data.root={root}")
     base = Path(os.path.commonpath([path.parent for path in paths]))
     inside = [path.relative_to(base).parts for path in paths]
     loose = [path for path, parts in zip(paths, inside, strict=True) if len(parts) == 1]
@@ -65,6 +55,29 @@ def folder(root: Path | None) -> Splits:
             "Point data.root to one of them, or use data.dataset=list with a column split."
         )
     return split([str(path) for path in paths], classes, None, first_half(classes))
+
+
+def pictures_below(root: Path, said: str) -> list[Path]:
+    """List every picture below a folder, in sorted order. Hidden files and those that are no pictures are passed over.
+
+    Args:
+        root: the folder; links in it are followed.
+        said: how the user named it, such as "data.root=pictures".
+
+    Raises:
+        UserError: there is no picture.
+    """
+    paths, num_others = [], 0
+    for path in _files(root):
+        if path.suffix.lower() in FORMATS:
+            paths.append(path)
+        else:
+            num_others += 1
+    if num_others:
+        logger.info("%s: passed over %s files that are no pictures", root, f"{num_others:,}")
+    if not paths:
+        raise UserError(f"{said} holds no picture ({', '.join(FORMATS)}), nor do folders below it.")
+    return sorted(paths)
 
 
 def _files(root: Path) -> Iterator[Path]:

@@ -31,12 +31,8 @@ def listed(root: Path | None) -> Splits:
         raise UserError("data.dataset=list needs data.root: the text or CSV file that lists the pictures.")
     if root.is_dir():
         raise UserError(f"data.root={root} is a folder; data.dataset=list expects a text or CSV file.")
-    is_csv = root.suffix.lower() == ".csv"
-    columns = _read_csv(root) if is_csv else {"path": [line.strip() for line in read_lines(root) if line.strip()]}
-    paths = [str(root.parent / path) for path in columns["path"]]
-    if not paths:
-        raise UserError(f"{root} lists no pictures.")
-    check_exist(paths, root)
+    columns = read_list(root)
+    paths = columns["path"]
     labels, super_labels, parts = (columns.get(column) for column in COLUMNS[1:])
     if labels is None:
         return Splits(train=Pictures(paths=tuple(paths)))
@@ -52,6 +48,26 @@ def listed(root: Path | None) -> Splits:
             min(both),
         )
     return splits
+
+
+def read_list(file: Path) -> dict[str, list[str]]:
+    """Return the columns of ``COLUMNS`` that a list has. The paths in it are those of files that are there.
+
+    Args:
+        file: as for :func:`listed`.
+
+    Raises:
+        UserError: there is no such file, it is not of this form, it lists no pictures, or some are missing.
+    """
+    if file.suffix.lower() == ".csv":
+        columns = _read_csv(file)
+    else:
+        columns = {"path": [line.strip() for line in read_lines(file) if line.strip()]}
+    columns["path"] = [str(file.parent / path) for path in columns["path"]]
+    if not columns["path"]:
+        raise UserError(f"{file} lists no pictures.")
+    check_exist(columns["path"], file)
+    return columns
 
 
 def _read_csv(file: Path) -> dict[str, list[str]]:

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from uhml import distributed
-from uhml.data.decode import load_rgb
+from uhml.data.decode import UnreadablePicture, load_rgb
 from uhml.data.pictures import Pictures
 from uhml.data.workers import Loader
 
@@ -31,14 +32,36 @@ class _Share(Dataset[Tensor]):
         return self.transform(load_rgb(self.pictures.paths[self.rows[i]]))
 
 
-def share_loader(pictures: Pictures, transform: Transform, batch_size: int, num_workers: int) -> Loader:
+class _ReadableShare(Dataset[tuple[Tensor, str]]):
+    """The same with, beside each picture, why it is refused if it is, and a white one in its place then."""
+
+    def __init__(self, share: _Share) -> None:
+        self.share = share
+
+    def __len__(self) -> int:
+        return len(self.share)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, str]:
+        try:
+            return self.share[i], ""
+        except UnreadablePicture as refusal:
+            return self.share.transform(Image.new("RGB", (64, 64), "white")), str(refusal)
+
+
+def share_loader(
+    pictures: Pictures, transform: Transform, batch_size: int, num_workers: int, *, skip_corrupt: bool = False
+) -> Loader:
     """Return a loader of this rank's share of ``pictures``: each once, in order, the last batch as short as it is.
 
     Yields:
-        Images ``[b, 3, h, w]``.
+        Images ``[b, 3, h, w]``; with ``skip_corrupt`` also, for each, why it cannot be read, or an empty text.
     """
+    share = _Share(pictures, transform)
     return Loader(
-        _Share(pictures, transform), batch_size=batch_size, num_workers=num_workers, generator=_own_generator()
+        _ReadableShare(share) if skip_corrupt else share,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        generator=_own_generator(),
     )
 
 

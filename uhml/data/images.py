@@ -1,0 +1,36 @@
+"""Pictures of any kind, that nothing is known of: what ``--images`` names."""
+
+import os
+from pathlib import Path
+
+from uhml.data.decode import FORMATS
+from uhml.data.folder import pictures_below
+from uhml.data.listed import read_list
+from uhml.data.pictures import Pictures
+from uhml.errors import UserError
+
+
+def list_images(source: Path) -> Pictures:
+    """List all pictures below a folder, in sorted order, or those of a list, in its order, by their absolute paths.
+
+    Args:
+        source: a folder, or a text or CSV file as for ``data.dataset=list``, of which only the paths are taken.
+
+    Raises:
+        UserError: it is neither, it has no picture, or one cannot be named in a text file.
+    """
+    source = Path(os.path.abspath(source.expanduser()))
+    if source.suffix.lower() in FORMATS and not source.is_dir():
+        raise UserError(f"--images {source} is a picture: name a folder, or a text or CSV file that lists pictures.")
+    if not source.exists():
+        raise UserError(f"--images {source}: there is no such folder or list.")
+    if source.is_dir():
+        paths = tuple(str(path) for path in pictures_below(source, f"--images {source}"))
+    else:
+        paths = tuple(read_list(source)["path"])
+    for path in paths:
+        try:
+            path.encode()
+        except UnicodeEncodeError as e:
+            raise UserError(f"The name of the picture {path!r} is not in UTF-8: rename it.") from e
+    return Pictures(paths=paths)

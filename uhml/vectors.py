@@ -1,0 +1,250 @@
+"""Vectors of pictures in a file: written piece by piece, so that a command that is killed goes on, and read again.
+
+A finished ``vectors.npy`` is a plain float32 matrix, and ``vectors.csv`` beside it names the picture of each row; that
+is also a list which ``data.dataset=list`` takes. A ``vectors.parquet`` holds both, in the columns path and vector.
+
+Until then there is a folder ``vectors.npy.partial`` with the rows so far, and ``state.json``, which says how many
+pictures they are of. What was written after the last state is written again.
+"""
+
+import codecs
+import contextlib
+import csv
+import fcntl
+import importlib.util
+import io
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uhml.errors import UserError
+from uhml.files import opened_aside, write_whole
+
+SUFFIXES = (".npy", ".parquet")
+SECONDS_BETWEEN_STATES = 2.0
+ROWS_PER_BLOCK = 16384
+
+
+class Vectors(NamedTuple):
+    """Embedded pictures.
+
+    Attributes:
+        rows: ``[n, d]``, floats; of a ``.npy`` read from the disk as needed.
+        paths: the n pictures.
+    """
+
+    rows: NDArray[Any]
+    paths: list[str]
+
+
+class Unfinished:
+    """A file of vectors on its way. Made by :func:`unfinished`.
+
+    Attributes:
+        seen: how many pictures have been embedded or left out.
+        left_out: which of them were left out, and why.
+    """
+
+    def __init__(self, folder: Path, file: IO[bytes], width: int, key: dict[str, Any], state: dict[str, Any]) -> None:
+        self._folder, self._file, self._width, self._key = folder, file, width, key
+        self._settled = time.monotonic()
+        self.seen: int = state["seen"]
+        self.left_out: list[tuple[int, str]] = [(row, reason) for row, reason in state["left_out"]]
+
+    def go_back(self, multiple: int) -> int:
+        """Forget the last pictures, so that their number is a multiple, and return it."""
+        self.seen -= self.seen % multiple
+        self.left_out = [(row, reason) for row, reason in self.left_out if row < self.seen]
+        self._file.truncate(len(_header(0, self._width)) + self._num_rows * self._width * 4)
+        self._file.seek(0, os.SEEK_END)
+        return self.seen
+
+    def append(self, rows: NDArray[np.float32], refused: Sequence[str]) -> None:
+        """Add the next pictures.
+
+        Args:
+            rows: ``[b, d]``.
+            refused: for each, why it is left out, or an empty text.
+        """
+        kept = [not reason for reason in refused]
+        self._file.write(np.ascontiguousarray(rows[kept], "<f4").tobytes())
+        self.left_out += [(self.seen + i, reason) for i, reason in enumerate(refused) if reason]
+        self.seen += len(refused)
+        if time.monotonic() - self._settled > SECONDS_BETWEEN_STATES:
+            self.settle()
+
+    def settle(self) -> None:
+        """Force all to the disk, so that it need not be done again."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        state = {"key": self._key, "seen": self.seen, "left_out": self.left_out}
+        write_whole(self._folder / "state.json", json.dumps(state))
+        self._settled = time.monotonic()
+
+    def finish(self, out: Path, paths: Sequence[str]) -> None:
+        """Put the finished file in its place.
+
+        Args:
+            out: the file.
+            paths: of all pictures.
+        """
+        left_out = {row for row, _ in self.left_out}
+        paths = [path for row, path in enumerate(paths) if row not in left_out]
+        self._file.seek(0)
+        self._file.write(_header(self._num_rows, self._width))
+        self.settle()
+        rows = self._folder / "rows.npy"
+        if out.suffix.lower() == ".parquet":
+            _write_parquet(out, Vectors(np.load(rows, mmap_mode="r"), paths))
+        else:
+            with opened_aside(names_of(out)) as file:
+                text = csv.writer(codecs.getwriter("utf-8")(file), lineterminator="\n")
+                text.writerows([["path"], *([path] for path in paths)])
+            rows.replace(out)
+        shutil.rmtree(self._folder)
+
+    @property
+    def _num_rows(self) -> int:
+        return self.seen - len(self.left_out)
+
+
+@contextlib.contextmanager
+def unfinished(out: Path, width: int, key: dict[str, Any], overwrite: bool) -> Iterator[Unfinished]:
+    """Open a file of vectors to go on with, or to begin.
+
+    Args:
+        out: the file as it will be called.
+        width: d.
+        key: what the rows depend on, in JSON's terms; what was begun with another key is not gone on with.
+        overwrite: whether to begin anew where there is such.
+
+    Raises:
+        UserError: the file is of another key, or another process is at it.
+    """
+    folder = unfinished_folder(out)
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("a") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as e:
+            raise UserError(f"Another command is writing {out}: wait until it ends, or name another file.") from e
+        state, rows = {"key": key, "seen": 0, "left_out": []}, folder / "rows.npy"
+        if rows.exists() and (folder / "state.json").exists():
+            begun = json.loads((folder / "state.json").read_text())
+            if begun["key"] == key:
+                state = begun
+            elif not overwrite:
+                other = [name for name in key if begun["key"].get(name) != key[name]]
+                raise UserError(
+                    f"{folder} holds the unfinished work of another command (it differs in: {', '.join(other)}): start "
+                    "that one again, or add --overwrite to begin anew."
+                )
+        with rows.open("r+b" if state["seen"] else "w+b") as file:
+            if not state["seen"]:
+                file.write(_header(0, width))
+            opened = Unfinished(folder, file, width, key, state)
+            try:
+                yield opened
+            finally:
+                if opened.seen == 0:
+                    shutil.rmtree(folder)
+                elif folder.exists():
+                    opened.settle()
+
+
+def unfinished_folder(out: Path) -> Path:
+    """Return where a file of vectors is while it is being made."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def names_of(out: Path) -> Path:
+    """Return the file that names the pictures of a ``.npy``."""
+    return out.with_suffix(".csv")
+
+
+def require_parquet(path: Path) -> None:
+    """Check that there is what Parquet takes, if the file is one.
+
+    Raises:
+        UserError: pyarrow is missing.
+    """
+    if path.suffix.lower() == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise UserError(
+            f"{path} takes pyarrow, which is not installed: pip install 'uhml[parquet]', or use a .npy file."
+        )
+
+
+def read_vectors(path: Path) -> Vectors:
+    """Read what :func:`unfinished` has made, or another program in the same form.
+
+    Raises:
+        UserError: it is not of this form.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.")
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path} must end in {' or '.join(SUFFIXES)}.")
+    require_parquet(path)
+    found = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_npy(path)
+    if found.rows.ndim != 2 or found.rows.dtype.kind != "f":
+        raise UserError(f"{path} holds {found.rows.dtype} of shape {found.rows.shape}; vectors are a matrix of floats.")
+    if len(found.rows) != len(found.paths):
+        raise UserError(f"{path} holds {len(found.rows):,} vectors, and {len(found.paths):,} pictures are named.")
+    return found
+
+
+def _header(num_rows: int, width: int) -> bytes:
+    """Return the head of a ``.npy``. numpy leaves room in it, so it is as long for any number of rows."""
+    head = io.BytesIO()
+    shape = {"descr": "<f4", "fortran_order": False, "shape": (num_rows, width)}
+    np.lib.format.write_array_header_1_0(head, shape)
+    return head.getvalue()
+
+
+def _write_parquet(out: Path, vectors: Vectors) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    width = vectors.rows.shape[1]
+    schema = pa.schema([("path", pa.string()), ("vector", pa.list_(pa.float32(), width))])
+    with opened_aside(out) as file, pq.ParquetWriter(file, schema) as writer:
+        for start in range(0, len(vectors.paths), ROWS_PER_BLOCK):
+            block = slice(start, start + ROWS_PER_BLOCK)
+            rows = pa.FixedSizeListArray.from_arrays(pa.array(vectors.rows[block].reshape(-1)), width)
+            writer.write_table(pa.table([pa.array(vectors.paths[block]), rows], schema=schema))
+
+
+def _read_npy(path: Path) -> Vectors:
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as e:
+        raise UserError(f"{path} is not a .npy file of numbers.") from e
+    names = names_of(path)
+    try:
+        with names.open(encoding="utf-8", newline="") as file:
+            paths = [row["path"] for row in csv.DictReader(file)]
+    except FileNotFoundError as e:
+        raise UserError(f"{path} needs {names} beside it, which names the picture of each row.") from e
+    except (KeyError, UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{names} is no CSV file in UTF-8 with a column path.") from e
+    return Vectors(rows, paths)
+
+
+def _read_parquet(path: Path) -> Vectors:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, columns=["path", "vector"]).combine_chunks()
+        vectors = table["vector"].combine_chunks()
+        rows = vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
+        return Vectors(rows, table["path"].to_pylist())
+    except (pa.ArrowException, KeyError, ValueError) as e:
+        raise UserError(f"{path} is no Parquet file with the columns path and vector.") from e
