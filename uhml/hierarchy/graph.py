@@ -138,6 +138,8 @@ def _rounds(u: Tensor, v: Tensor, total: Tensor, sizes: Tensor) -> Iterator[Merg
         The merges of a round, with linkages instead of heights.
     """
     device = u.device
+    # Of each edge, its mean similarity.
+    linkage = total.double() / (sizes.index_select(0, u) * sizes.index_select(0, v))
     names = torch.arange(len(sizes), device=device)
     num_edges, gone, renumber = len(u), len(names), True
     work_left = ROUNDS_OF_ALL_EDGES * num_edges + LEAST_WORK
@@ -146,7 +148,7 @@ def _rounds(u: Tensor, v: Tensor, total: Tensor, sizes: Tensor) -> Iterator[Merg
         if renumber:
             # Number the clusters that still have edges 0, 1, ...: what is used together then lies together.
             still = (u < gone).nonzero()[:, 0]
-            u, v, total = (column.index_select(0, still) for column in (u, v, total))
+            u, v, total, linkage = (column.index_select(0, still) for column in (u, v, total, linkage))
             has_edges = torch.zeros(gone + 1, dtype=torch.bool, device=device)
             has_edges[u] = has_edges[v] = True
             number = has_edges.cumsum(0) - 1
@@ -162,7 +164,7 @@ def _rounds(u: Tensor, v: Tensor, total: Tensor, sizes: Tensor) -> Iterator[Merg
         if work_left < 0:
             still = (u < gone).nonzero()[:, 0]
             u, v = u[still], v[still]
-            merges = join_nearest(u, v, total[still] / (size[u] * size[v]), size[:gone].long())
+            merges = join_nearest(u, v, linkage[still], size[:gone].long())
             logger.warning(
                 "graph linkage: %d clusters still linked after very many rounds are joined by their strongest links. "
                 "Are the embeddings collapsed, or is a point everybody's nearest?",
@@ -172,15 +174,14 @@ def _rounds(u: Tensor, v: Tensor, total: Tensor, sizes: Tensor) -> Iterator[Merg
             return
 
         # The best edge of each dirty cluster: of greatest linkage, then of greatest shuffled pair.
-        end, other, sums = u, v, total
+        end, other, near = u, v, linkage
         if not renumber:
             at = _touching(dirty, u, v)
-            end, other, sums = (column.index_select(0, at) for column in (u, v, total))
-        linkage = sums.double() / (size.index_select(0, end) * size.index_select(0, other))
-        best.masked_fill_(dirty, 0).scatter_reduce_(0, end, linkage, "amax").scatter_reduce_(0, other, linkage, "amax")
+            end, other, near = (column.index_select(0, at) for column in (u, v, linkage))
+        best.masked_fill_(dirty, 0).scatter_reduce_(0, end, near, "amax").scatter_reduce_(0, other, near, "amax")
         choice.masked_fill_(dirty, NOTHING)
         for side in (end, other):
-            tops = (linkage == best.index_select(0, side)).nonzero()[:, 0]
+            tops = (near == best.index_select(0, side)).nonzero()[:, 0]
             shuffled = pair(end.index_select(0, tops), other.index_select(0, tops)) * SHUFFLE
             choice.scatter_reduce_(0, side.index_select(0, tops), shuffled, "amax")
 
@@ -214,11 +215,13 @@ def _rounds(u: Tensor, v: Tensor, total: Tensor, sizes: Tensor) -> Iterator[Merg
         pairs, where = pairs.unique_consecutive(return_inverse=True)
         summands = total.index_select(0, at.index_select(0, between.index_select(0, order)))
         slots, free = at[: len(pairs)], at[len(pairs) :]
-        u[slots], v[slots] = ends(pairs)
-        total[slots] = total.new_zeros(len(pairs)).index_add_(0, where, summands)
+        end, other = ends(pairs)
+        sums = total.new_zeros(len(pairs)).index_add_(0, where, summands)
+        u[slots], v[slots], total[slots] = end, other, sums
+        linkage[slots] = sums.double() / (size.index_select(0, end) * size.index_select(0, other))
         u[free] = v[free] = gone
         num_edges -= len(free)
-        renumber = num_edges < len(u) // 2
+        renumber = num_edges < len(u) * 3 // 4
 
 
 def _touching(clusters: Tensor, u: Tensor, v: Tensor) -> Tensor:
