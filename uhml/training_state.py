@@ -60,7 +60,7 @@ class TrainingState:
         self.before: dict[str, Scores] | None = None
         self.saved: int | None = None
         self._started, self._seconds_before = time.monotonic(), 0.0
-        self._pictures = _fingerprint(splits)
+        self._pictures = fingerprint(splits)
 
     @property
     def seconds(self) -> float:
@@ -153,7 +153,7 @@ def read_state(path: Path) -> dict[str, Any]:
     return distributed.on_every_rank(read)
 
 
-def _fingerprint(splits: Splits) -> list[tuple[int, str]]:
+def fingerprint(splits: Splits) -> list[tuple[int, str]]:
     """Return number and digest of the names of each part's pictures, wherever they lie."""
     parts = [
         [os.path.abspath(path) for path in part.paths]
