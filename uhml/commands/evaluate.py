@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -144,7 +145,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
         for end in ends:
             for score in end:
                 table.add_row(
-                    score["name"],
+                    escape(score["name"]),
                     f"{score['pictures']:,}",
                     _per_cent(score["recall_at_1"]),
                     "" if score["map_at_r"] is None else _per_cent(score["map_at_r"]),

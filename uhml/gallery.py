@@ -1,0 +1,68 @@
+"""Pictures made ready to be searched: embedded once, kept beside the run, and embedded anew when something changed."""
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+from uhml import distributed
+from uhml.data.pictures import Pictures
+from uhml.embedding import embed_to_file, what_rows_depend_on
+from uhml.files import write_whole
+from uhml.trained import Trained
+from uhml.vectors import Vectors, read_vectors
+
+logger = logging.getLogger(__name__)
+
+
+def embedded_gallery(trained: Trained, pictures: Pictures, folder: Path, *, skip_corrupt: bool = False) -> Vectors:
+    """Return the points of pictures, from the folder if they are there. A collective.
+
+    They are embedded anew when the checkpoint, the list of the pictures, or the size or time of a picture's file is no
+    longer what it was.
+
+    Args:
+        trained: the network.
+        pictures: the n pictures.
+        folder: the gallery's own, such as ``RUN/search/train``; made where it is not there.
+        skip_corrupt: leave out pictures that cannot be read.
+
+    Returns:
+        On every rank: the points, and the pictures that could be read.
+
+    Raises:
+        Preempted: a signal asked for it; the next call goes on.
+        UserError: a picture cannot be read.
+    """
+
+    key: dict[str, str] = {}
+
+    def is_stale() -> bool:
+        key.update(what_rows_depend_on(trained, pictures), files=_files(pictures), skip_corrupt=str(skip_corrupt))
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = folder / "key.json"
+        if kept.exists() and json.loads(kept.read_text()) == key and file.exists():
+            return False
+        # Gone before the vectors are, so that it never stands beside others.
+        kept.unlink(missing_ok=True)
+        return True
+
+    file = folder / "vectors.npy"
+    if distributed.gather_objects(distributed.on_main(is_stale))[0]:
+        if distributed.is_main():
+            logger.info("Embedding %s pictures, to be kept in %s.", f"{len(pictures):,}", folder)
+        left_out = embed_to_file(trained, pictures, file, skip_corrupt=skip_corrupt, overwrite=True)
+        if left_out:
+            logger.warning("Left out %d pictures that cannot be read, the first: %s", len(left_out), left_out[0])
+        distributed.on_main(lambda: write_whole(folder / "key.json", json.dumps(key)))
+    return distributed.on_every_rank(lambda: read_vectors(file))
+
+
+def _files(pictures: Pictures) -> str:
+    """Return what the pictures' files are recognised by without reading them."""
+    found = hashlib.sha256()
+    for path in pictures.paths:
+        about = os.stat(path)
+        found.update(f"{about.st_size} {about.st_mtime_ns}\n".encode())
+    return found.hexdigest()
