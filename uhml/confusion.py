@@ -5,15 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from uhml.sheets import thumbnail
-
-matplotlib.use("Agg")  # no display needed
-import matplotlib.pyplot as plt
-from matplotlib.colors import PowerNorm
 
 # Rows of a matrix whose names can still be read, and up to which the numbers fit into it.
 MATRIX_UP_TO, NUMBERS_UP_TO = 40, 12
@@ -84,7 +81,7 @@ def draw_confusion(
     groups = 0 if found is None else len(found.names)
     left_width = 5.5 if found is None else max(6.0, 2.6 + 0.27 * groups)
     height = max(7.0, 1.0 + 0.27 * groups + 3.6 if found is not None else 0.0)
-    figure: Any = plt.figure(figsize=(left_width + 6.6, height), layout="constrained")
+    figure: Any = Figure(figsize=(left_width + 6.6, height), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=14, parse_math=False)
     left, right = figure.subfigures(1, 2, width_ratios=[left_width, 6.6], wspace=0.03)
     if found is None:
@@ -95,7 +92,6 @@ def draw_confusion(
         _histogram(below.subplots(), recall_of_classes)
     _pairs(right, shown)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _heat(axes: Any, found: Matrix) -> None:

@@ -1,0 +1,151 @@
+"""What runs have left about themselves, read back to be put side by side."""
+
+import dataclasses
+import itertools
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from uhml.config import FREE_TO_CHANGE
+from uhml.errors import UserError, did_you_mean
+from uhml.status import read_status
+
+SEED = "train.seed"
+
+
+class Curve(NamedTuple):
+    """One figure over the steps."""
+
+    steps: list[int]
+    values: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """A run.
+
+    Attributes:
+        name: what the user calls it.
+        settings: all keys of its config that matter, ``{"train.seed": 0}``.
+        state: as in ``status.json``; "unfinished" where a run says nothing.
+        step: steps taken.
+        seconds: it took; None before it ended.
+        frozen: scores of the frozen backbone by their names in ``metrics.jsonl``, "recall_at_1" first or another
+            Recall@K; empty without labels.
+        trained: scores of the embedding, by the ball's distance, at the last step that was scored.
+        recall: the first Recall@K of the embedding over the steps.
+        loss: over the steps.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    state: str
+    step: int
+    seconds: float | None
+    frozen: dict[str, float]
+    trained: dict[str, float]
+    recall: Curve
+    loss: Curve
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read what a run has left so far.
+
+    Raises:
+        UserError: there is no run in the folder, or a file of it is damaged.
+    """
+    if not folder.is_dir():
+        siblings = [path.name for path in folder.absolute().parent.glob("*") if path.is_dir()]
+        raise UserError(f"There is no run {folder}.{did_you_mean(folder.name, siblings)}")
+    if not (folder / "config.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
+        raise UserError(f"{folder} holds no run: config.yaml or metrics.jsonl is missing.")
+    records = _read_metrics(folder / "metrics.jsonl")
+    status, result = read_status(folder), _read_result(folder / "result.json")
+    scored = {kind: [r for r in records if r["kind"] == f"unseen_{kind}"] for kind in ("backbone", "ball")}
+    trained = [record for record in records if record["kind"] == "train"]
+    first_recall = next((key for record in scored["ball"] for key in record if key.startswith("recall_at_")), "")
+    return RunRecord(
+        name=str(folder),
+        settings=_read_settings(folder / "config.yaml"),
+        state="finished" if result is not None else "unfinished" if status is None else status.state,
+        step=records[-1]["step"] if records else 0,
+        seconds=None if result is None else result["seconds"],
+        frozen=_scores(scored["backbone"][:1]),
+        trained=_scores(scored["ball"][-1:]),
+        recall=Curve([r["step"] for r in scored["ball"]], [r[first_recall] for r in scored["ball"]]),
+        loss=Curve([r["step"] for r in trained], [r["loss"] for r in trained]),
+    )
+
+
+def differing_settings(runs: Sequence[RunRecord]) -> list[str]:
+    """Return the keys that the runs do not agree on, but for those that change nothing of what is learned."""
+    keys = dict.fromkeys(itertools.chain.from_iterable(run.settings for run in runs))
+    return [key for key in keys if any(run.settings.get(key) != runs[0].settings.get(key) for run in runs[1:])]
+
+
+def groups_of_seeds(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
+    """Put together the runs that differ in nothing but ``train.seed``, in the order of the first of each."""
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        others = {key: value for key, value in run.settings.items() if key != SEED}
+        groups.setdefault(json.dumps(others, sort_keys=True), []).append(run)
+    return list(groups.values())
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation over runs; the latter None for a single one."""
+
+    mean: float
+    deviation: float | None
+
+
+def spread(group: Sequence[RunRecord], score: str) -> Spread | None:
+    """Return the spread of a score of the trained embedding over the finished runs; None where none has it."""
+    values = [run.trained[score] for run in group if run.state == "finished" and score in run.trained]
+    if not values:
+        return None
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    # Not as strictly as a config that is to be used: an older run may have had other keys.
+    try:
+        config = OmegaConf.load(path)
+    except (OmegaConfBaseException, YAMLError) as e:
+        raise UserError(f"{path} is damaged: {' '.join(str(e).split())}") from e
+    if not isinstance(config, DictConfig) or not all(isinstance(section, DictConfig) for section in config.values()):
+        raise UserError(f"{path} is no config of a run.")
+    return {
+        f"{section}.{key}": OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        for section, keys in config.items()
+        for key, value in keys.items()
+        if f"{section}.{key}" not in FREE_TO_CHANGE
+    }
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text().split("\n")
+    # What follows the last end of a line is being written just now.
+    try:
+        return [json.loads(line) for line in lines[:-1]]
+    except ValueError as e:
+        raise UserError(f"{path} is damaged: a line is not JSON.") from e
+
+
+def _read_result(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"{path} is damaged: it is not JSON.") from e
+
+
+def _scores(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    return {key: value for record in records for key, value in record.items() if key not in ("kind", "step")}
