@@ -8,7 +8,6 @@ class Clustering {
     this.index = index;
     this.levels = steps[index].levels;
     this.sorted = [];
-    this.centroids = [];
   }
 
   /** Int32Array [n]: cluster of each picture. */
@@ -80,10 +79,9 @@ class Clustering {
     return this.index === present ? arrays[`height-${level}`].data[cluster] : null;
   }
 
-  /** Where a cluster is in the disk: the centroid of its pictures in the hyperboloid model. */
-  centroid(level, cluster) {
-    const known = (this.centroids[level] ??= []);
-    return (known[cluster] ??= hyperbolicMean(this.members(level, cluster)));
+  /** The picture that stands for a cluster in the disk: the one nearest to the origin. */
+  standing(level, cluster) {
+    return this.members(level, cluster).reduce((best, picture) => (Math.hypot(...place(picture)) < Math.hypot(...place(best)) ? picture : best));
   }
 
   /** The cluster of this clustering that has most pictures of a cluster of another one. */

@@ -1,9 +1,9 @@
 // Colours of the pictures, and their legend. Palettes are Paul Tol's (light for the dark page, muted for the light one) and
-// cividis: all are made for colour-blind eyes. There are eight; more groups than that take them in turn.
+// cividis: all are made for colour-blind eyes. There are ten; more groups than that take them in turn.
 
 const categorical = {
-  light: ["#332288", "#cc6677", "#117733", "#5aa9d6", "#882255", "#44aa99", "#999933", "#aa4499"],
-  dark: ["#77aadd", "#ee8866", "#44bb99", "#ffaabb", "#eedd88", "#99ddff", "#bbcc33", "#cc99dd"],
+  light: ["#332288", "#cc6677", "#117733", "#5aa9d6", "#882255", "#44aa99", "#999933", "#aa4499", "#d3b94f", "#888888"],
+  dark: ["#77aadd", "#ee8866", "#44bb99", "#ffaabb", "#eedd88", "#cc99dd", "#bbcc33", "#99ddff", "#dddddd", "#aaaa00"],
 };
 const cividis = ["#00224e", "#2a3f6d", "#575c6d", "#7d7c78", "#a59c74", "#d2c060", "#fee838"];
 const LEGEND_ROWS = 12;

@@ -2,6 +2,9 @@
 // without a GPU. Thumbnails, geodesics and the rim are drawn over them.
 
 const ZOOM_MOST = 400;
+const TILE_HALF = 30; // half the side of a thumbnail in the middle, CSS pixels
+const TILE_LEAST = 6;
+const TILES_MOST = 250;
 const FRINGE = 0.95; // a hand beyond this part of the disk would move it too far
 const canvas = byId("disk");
 const pen = canvas.getContext("2d");
@@ -11,12 +14,14 @@ const stillPlease = matchMedia("(prefers-reduced-motion: reduce)");
 
 const screen = new Float32Array(2 * n); // device pixels; NaN off the canvas
 const dotSize = Math.min(4, Math.max(1.5, 220 / Math.sqrt(n)));
+const outwards = everything.slice().sort((a, b) => Math.hypot(...place(a)) - Math.hypot(...place(b)));
 let view = { moebius: IDENTITY, zoom: 1 };
-let look = { coloring: null, lit: null, picture: -1, links: [], landmarks: [] }; // what update() was given
+let look = { coloring: null, lit: null, picture: -1, path: [], links: [] }; // what update() was given
 let tiles = []; // thumbnails drawn, [picture, x, y, half size]
 let pixels = null;
 let frame = 0;
 let flight = 0;
+let resting = 0;
 
 const ratio = () => Math.min(2, devicePixelRatio);
 const diskRadius = () => 0.47 * Math.min(canvas.width, canvas.height) * view.zoom;
@@ -61,7 +66,6 @@ function stampOf(radius) {
   return stamps.get(key);
 }
 
-/** Set all dots; returns how many are on the screen. */
 function drawDots() {
   const { width, height, data } = pixels;
   data.fill(0);
@@ -71,7 +75,6 @@ function drawDots() {
   const scale = diskRadius();
   const size = Math.min(6, dotSize * (1 + 0.25 * Math.log2(view.zoom))) * ratio();
   const bySize = Array.from({ length: 9 }, (_, i) => stampOf(size * (0.45 + (0.55 * i) / 8)));
-  let visible = 0;
   // Dots that are not selected come first, to lie under the others.
   for (const pass of look.lit ? [0, 1] : [1]) {
     for (let picture = 0; picture < n; picture++) {
@@ -94,7 +97,6 @@ function drawDots() {
       screen[2 * picture] = sx;
       screen[2 * picture + 1] = sy;
       const near = Math.max(0, 1 - wx * wx - wy * wy);
-      visible++;
       const stamp = bySize[Math.round(8 * near)];
       const strength = pass ? 0.9 : 0.14;
       for (let i = 0; i < stamp.length; i += 3) {
@@ -111,7 +113,6 @@ function drawDots() {
     }
   }
   dotsPen.putImageData(pixels, 0, 0);
-  return visible;
 }
 
 function line(points) {
@@ -147,58 +148,46 @@ function drawSpace(ink) {
   pen.globalAlpha = 1;
 }
 
-const diskTiles = new Map(); // picture -> canvas, least recently used first
-const DISK_TILES = 400;
-
-function diskTile(picture) {
-  let image = diskTiles.get(picture);
-  diskTiles.delete(picture);
-  if (!image) {
-    image = document.createElement("canvas");
-    const shown = image;
-    paintTile(image, picture, () => diskTiles.get(picture) === shown && !byId("disk-view").hidden, () => {
-      shown.ready = true;
-      redraw();
-    });
-    if (diskTiles.size >= DISK_TILES) diskTiles.delete(diskTiles.keys().next().value);
-  }
-  diskTiles.set(picture, image);
-  return image;
-}
-
 /**
- * Thumbnails where there is room: those of the largest clusters while there are many dots, all when few are near.
- * Each lies on its own picture's place.
+ * Thumbnails where there is room, each at its own picture's place and smaller towards the rim. Pictures near the origin of
+ * the space go first: they stand for the largest clusters.
  */
-function drawTiles(visible, ink) {
-  const few = visible <= 600;
-  const half = (few ? 26 : 21) * ratio();
-  const apart = half * (few ? 2.1 : 3.2);
-  const most = few ? 150 : 40;
+function drawTiles(ink, ground) {
+  const most = TILE_HALF * Math.min(2, Math.sqrt(view.zoom)) * ratio();
+  const radius = diskRadius();
   tiles = [];
-  const seen = new Set();
-  const add = (picture) => {
+  const missing = [];
+  const add = (picture, unlit) => {
     const [x, y] = [screen[2 * picture], screen[2 * picture + 1]];
-    if (tiles.length >= most || Number.isNaN(x) || seen.has(picture) || (look.lit && !look.lit[picture])) return;
-    seen.add(picture);
-    const depth = 1 - ((x - canvas.width / 2) ** 2 + (y - canvas.height / 2) ** 2) / diskRadius() ** 2;
-    if (depth < 0.04) return; // at the rim everything is small
-    if (tiles.some(([, tx, ty]) => Math.abs(tx - x) < apart && Math.abs(ty - y) < apart)) return;
-    const image = diskTile(picture);
-    if (image.ready) tiles.push([picture, x, y, half * (0.6 + 0.4 * depth)]);
+    const depth = 1 - ((x - canvas.width / 2) ** 2 + (y - canvas.height / 2) ** 2) / radius ** 2;
+    const half = most * depth;
+    if (!(half > TILE_LEAST * ratio())) return; // nor if x is NaN
+    if (look.lit && !look.lit[picture] && !unlit) return;
+    if (tiles.some(([, tx, ty, other]) => Math.abs(tx - x) < half + other && Math.abs(ty - y) < half + other)) return;
+    tiles.push([picture, x, y, half]);
+    if (!cutTiles.has(picture)) missing.push(picture);
   };
-  if (look.picture >= 0) for (const picture of [look.picture, ...look.links]) add(picture);
-  for (const picture of look.landmarks) add(picture);
-  if (few) for (let picture = 0; picture < n; picture++) add(picture);
+  if (look.picture >= 0) for (const picture of [look.picture, ...look.links]) add(picture, true);
+  for (const picture of outwards) {
+    if (tiles.length >= TILES_MOST) break;
+    add(picture, false);
+  }
   const { rgb } = look.coloring;
-  for (const [picture, x, y, size] of tiles) {
-    const frameWidth = 2 * ratio();
+  const edge = Math.ceil(1.5 * ratio());
+  for (const [picture, x, y, half] of tiles) {
+    const size = Math.round(half * 0.94); // whole pixels: a frame of 1.5 is uneven
+    const inner = 2 * (size - edge);
     pen.fillStyle = picture === look.picture ? ink : `rgb(${rgb[3 * picture]} ${rgb[3 * picture + 1]} ${rgb[3 * picture + 2]})`;
     pen.beginPath();
-    pen.roundRect(x - size - frameWidth, y - size - frameWidth, 2 * (size + frameWidth), 2 * (size + frameWidth), 4 * ratio());
+    pen.roundRect(x - size, y - size, 2 * size, 2 * size, 3 * ratio());
     pen.fill();
-    pen.drawImage(diskTile(picture), x - size, y - size, 2 * size, 2 * size);
+    if (cutTiles.has(picture)) pen.drawImage(use(cutTiles, picture), x - size + edge, y - size + edge, inner, inner);
+    else {
+      pen.fillStyle = ground;
+      pen.fillRect(x - size + edge, y - size + edge, inner, inner);
+    }
   }
+  cut(missing, redraw);
 }
 
 /** The chosen picture's way up the tree as geodesics between the places of its clusters, and rings around its neighbours. */
@@ -224,13 +213,13 @@ function drawChosen(ink) {
 
 function draw() {
   if (!pixels || !look.coloring) return;
-  const ink = getComputedStyle(canvas).color;
-  const visible = drawDots();
+  const { color: ink, backgroundColor: ground } = getComputedStyle(canvas);
+  drawDots();
   pen.clearRect(0, 0, canvas.width, canvas.height);
   drawSpace(ink);
   pen.drawImage(dots, 0, 0);
   drawChosen(ink);
-  drawTiles(visible, ink);
+  drawTiles(ink, ground);
   if (canvas.matches(":focus-visible")) {
     const [x, y, arm] = [canvas.width / 2, canvas.height / 2, 9 * ratio()];
     pen.strokeStyle = ink;
@@ -261,6 +250,8 @@ const diskCenter = () => move(inverse(view.moebius), [0, 0]);
 function setView(moebius, zoom = view.zoom) {
   view = { moebius, zoom: Math.min(ZOOM_MOST, Math.max(1, zoom)) };
   redraw();
+  clearTimeout(resting);
+  resting = setTimeout(diskMoved, 300); // browsers refuse to have the URL changed in every frame
 }
 
 /** Move so that what is at `from` comes to `to`, both places of the canvas as points of the disk. */
@@ -275,25 +266,18 @@ function zoomAt(factor, x, y) {
   if (Math.hypot(...from) < FRINGE) drag(from, toDisk(x, y));
 }
 
-function land(moebius, zoom) {
-  cancelAnimationFrame(flight);
-  setView(moebius, zoom);
-  diskMoved();
-}
-
 /** Fly along the geodesic until a point of the space is in the middle. */
 function flyTo(point, zoom = view.zoom) {
   cancelAnimationFrame(flight);
   const from = view;
   const target = move(from.moebius, point);
   const at = (share) => [compose(inverse(translation(towards(target, share))), from.moebius), from.zoom * (zoom / from.zoom) ** share];
-  if (stillPlease.matches) return land(...at(1));
+  if (stillPlease.matches) return setView(...at(1));
   const start = performance.now();
   const step = (now) => {
     const t = Math.min(1, Math.max(0, (now - start) / 600));
-    if (t === 1) return land(...at(1));
     setView(...at(t * t * (3 - 2 * t)));
-    flight = requestAnimationFrame(step);
+    if (t < 1) flight = requestAnimationFrame(step);
   };
   flight = requestAnimationFrame(step);
 }
@@ -302,9 +286,10 @@ const resetDisk = () => flyTo([0, 0], 1);
 
 /** Bring a cluster to the middle, so large that most of it fills half of the disk's radius on the screen. */
 function flyToCluster(clustering, level, cluster) {
-  const center = clustering.centroid(level, cluster);
+  const members = clustering.members(level, cluster);
+  const center = hyperbolicMean(members);
   const back = inverse(translation(center));
-  const reach = Array.from(clustering.members(level, cluster), (picture) => Math.hypot(...move(back, place(picture)))).sort((a, b) => a - b);
+  const reach = Array.from(members, (picture) => Math.hypot(...move(back, place(picture)))).sort((a, b) => a - b);
   flyTo(center, Math.min(40, Math.max(1, 0.55 / (reach[Math.floor(0.8 * reach.length)] || 1))));
 }
 
@@ -319,99 +304,4 @@ function showInDisk(picture) {
 function updateDisk(changes) {
   look = { ...look, ...changes };
   redraw();
-}
-
-// Hands: one pointer drags, two pinch, the wheel zooms.
-const pointers = new Map();
-let dragged = false;
-let pressed = null;
-let wheelEnd = 0;
-const offset = (event) => {
-  const box = canvas.getBoundingClientRect();
-  return [event.clientX - box.left, event.clientY - box.top];
-};
-
-canvas.addEventListener("pointerdown", (event) => {
-  cancelAnimationFrame(flight);
-  canvas.setPointerCapture(event.pointerId);
-  if (!pointers.size) [dragged, pressed] = [false, offset(event)];
-  pointers.set(event.pointerId, offset(event));
-  showHint(-1);
-});
-
-canvas.addEventListener("pointermove", (event) => {
-  const to = offset(event);
-  if (!pointers.has(event.pointerId)) return showHint(pick(...to), to);
-  const before = [...pointers.values()];
-  if (!dragged && before.length === 1 && Math.hypot(to[0] - pressed[0], to[1] - pressed[1]) < 4) return; // a click may tremble
-  dragged = true;
-  pointers.set(event.pointerId, to);
-  const after = [...pointers.values()];
-  const middle = (points) => [0, 1].map((axis) => points.reduce((sum, point) => sum + point[axis], 0) / points.length);
-  const spread = ([a, b]) => Math.hypot(a[0] - b[0], a[1] - b[1]);
-  if (after.length === 2) zoomAt(spread(after) / Math.max(1, spread(before)), ...middle(before));
-  drag(toDisk(...middle(before)), toDisk(...middle(after)));
-});
-
-for (const type of ["pointerup", "pointercancel"]) {
-  canvas.addEventListener(type, (event) => {
-    pointers.delete(event.pointerId);
-    if (dragged) diskMoved();
-  });
-}
-canvas.addEventListener("pointerleave", () => showHint(-1));
-
-// A double click is two clicks before it is one: only the first opens, and the place is that of the first.
-let clicked = null;
-canvas.addEventListener("click", (event) => {
-  if (dragged || event.detail > 1) return;
-  clicked = move(inverse(view.moebius), inFringe(toDisk(...offset(event))));
-  const picture = pick(...offset(event));
-  if (picture >= 0) openPicture(picture, canvas);
-});
-canvas.addEventListener("dblclick", () => clicked && flyTo(clicked, view.zoom * 1.5));
-
-canvas.addEventListener("wheel", (event) => {
-  event.preventDefault();
-  cancelAnimationFrame(flight);
-  const lines = event.deltaMode === WheelEvent.DOM_DELTA_LINE ? 16 : 1;
-  zoomAt(Math.exp(-Math.max(-200, Math.min(200, event.deltaY * lines)) / 400), ...offset(event));
-  clearTimeout(wheelEnd);
-  wheelEnd = setTimeout(diskMoved, 200);
-}, { passive: false });
-
-canvas.addEventListener("keydown", (event) => {
-  if (event.altKey || event.ctrlKey || event.metaKey) return;
-  const step = 0.12 / view.zoom;
-  const way = { ArrowLeft: [step, 0], ArrowRight: [-step, 0], ArrowUp: [0, -step], ArrowDown: [0, step] }[event.key];
-  const [middleX, middleY] = [canvas.clientWidth / 2, canvas.clientHeight / 2];
-  if (way) drag([0, 0], way);
-  else if (event.key === "+" || event.key === "=") zoomAt(1.3, middleX, middleY);
-  else if (event.key === "-") zoomAt(1 / 1.3, middleX, middleY);
-  else if (event.key === "Home") resetDisk();
-  else if (event.key === "Enter") {
-    const picture = pick(middleX, middleY, Infinity);
-    if (picture < 0) return;
-    flyTo(place(picture));
-    openPicture(picture, canvas);
-  } else return;
-  event.preventDefault();
-  if (event.key === "Home" || event.key === "Enter") return;
-  diskMoved();
-});
-canvas.addEventListener("focus", redraw);
-canvas.addEventListener("blur", redraw);
-
-/** A picture and its name beside the pointer. */
-function showHint(picture, [x, y] = [0, 0]) {
-  const hint = byId("hint");
-  hint.hidden = picture < 0;
-  canvas.classList.toggle("over", picture >= 0);
-  if (picture < 0) return;
-  if (Number(hint.dataset.shown) !== picture) {
-    hint.dataset.shown = picture;
-    fill(hint, tile(picture), h("span", {}, h("b", { class: "name" }, fileName(picture)), labels ? h("span", { class: "name" }, labelOf(picture)) : null));
-  }
-  hint.style.left = `${Math.max(4, Math.min(x + 16, canvas.clientWidth - hint.offsetWidth - 8))}px`;
-  hint.style.top = `${y + 16 + hint.offsetHeight > canvas.clientHeight ? y - 16 - hint.offsetHeight : y + 16}px`;
 }

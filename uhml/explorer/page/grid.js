@@ -63,8 +63,9 @@ class Grid {
     this.put(i, element);
     this.tabbable(element, i === this.active);
     // In the page as on the screen, because the tab key goes by the page.
-    const after = Array.from(this.element.children).find((other) => Number(other.ariaPosInSet) > i + 1);
-    this.element.insertBefore(element, after ?? null);
+    let before = this.element.lastElementChild;
+    while (before && Number(before.ariaPosInSet) > i + 1) before = before.previousElementSibling;
+    this.element.insertBefore(element, before ? before.nextElementSibling : this.element.firstElementChild);
     this.shown.set(i, element);
     return element;
   }

@@ -99,9 +99,8 @@ function updateDiskView(before, back) {
   const path = picture < 0 ? [] : clustering.path(finest, clustering.clusterOf(finest)[picture]).reverse();
   updateDisk({
     coloring, lit, picture,
-    path: path.map((station) => clustering.centroid(...station)),
+    path: path.map((station) => place(clustering.standing(...station))),
     links: picture < 0 ? [] : row("neighbors", picture),
-    landmarks: landmarksOf(clustering),
   });
   showChoices(clustering);
   showLegend(coloring);
@@ -114,12 +113,6 @@ function updateDiskView(before, back) {
   if (level >= 0 && selected !== drawnCluster && !(back && state.at)) flyToCluster(clustering, level, cluster);
   else if (picture >= 0 && picture !== before.picture && !back) showInDisk(picture);
   drawnCluster = selected;
-}
-
-/** Pictures that stand for clusters, the coarsest and largest first. */
-function landmarksOf(clustering) {
-  const first = (_, level) => Array.from({ length: Math.min(300, clustering.clusters(level)) }, (_, cluster) => clustering.central(level, cluster)[0]);
-  return (clustering.landmarks ??= clustering.levels.flatMap(first));
 }
 
 function showChoices(clustering) {
@@ -159,9 +152,11 @@ function showSelection(clustering) {
     h("button", { type: "button", class: "close", "aria-label": "Deselect", "data-deselect": true }, "×"));
 }
 
+/** Keep in the URL where the disk is. */
 function diskMoved() {
   const [x, y] = diskCenter();
-  state = valid({ ...state, at: `${x.toPrecision(7)},${y.toPrecision(7)},${view.zoom.toFixed(2)}` });
+  const moved = view.zoom > 1 || Math.hypot(x, y) > 1e-6;
+  state = { ...state, at: moved ? `${x.toPrecision(7)},${y.toPrecision(7)},${view.zoom.toFixed(2)}` : "" };
   writeHash(state, true);
 }
 
@@ -240,7 +235,7 @@ document.addEventListener("keydown", (event) => {
 });
 
 byId("facts").textContent = [
-  meta.num_all > n ? `${count(n)} of ${pictures(meta.num_all)}` : pictures(n), `${meta.part} part`, `step ${count(meta.step)}`,
+  meta.num_all > n ? `${count(n)} of ${pictures(meta.num_all)}` : pictures(n), `step ${count(meta.step)}`,
 ].join(" · ");
 byId("origin").textContent = `Made by uhml from ${meta.run} on ${meta.created.slice(0, 10)}; curvature ${meta.curvature}.`;
 byId("step-choice").hidden = steps.length < 2;
@@ -252,7 +247,10 @@ Object.assign(window.uhml, {
   openCluster: (level, cluster) => openCluster(level, cluster, "tree"),
   disk: {
     center: diskCenter,
-    panTo: (x, y) => land(inverse(translation([x, y])), view.zoom),
+    panTo(x, y) {
+      cancelAnimationFrame(flight);
+      setView(inverse(translation([x, y])));
+    },
     pick,
     screen: (picture) => toScreen(move(view.moebius, place(picture))).map((value) => value / ratio()),
   },

@@ -1,70 +1,80 @@
-// Thumbnails: tiles of sprite sheets. A sheet is decoded when one of its tiles is on the screen, and few are kept decoded,
-// because 60 sheets of 2048 x 2048 pixels would take a gigabyte.
+// Thumbnails: tiles of sprite sheets. The browser decodes a sheet when a tile of it is on the screen, and forgets it again;
+// hundreds of canvases, each a layer of its own, would not scroll smoothly.
 
-const { tile: tileSize, columns: tileColumns, per_sheet: perSheet } = meta.sheets;
-const SHEETS_DECODED = 8;
-const sheetFiles = new Map(); // sheet -> Blob of its JPEG
-const decoded = new Map(); // sheet -> ImageBitmap, least recently used first
-const wanted = new Map(); // sheet -> requests, in the order they came
-let decoding = false;
+const { tile: tileSide, columns: tileColumns, per_sheet: perSheet } = meta.sheets;
+const sheetFiles = new Map(); // sheet -> {blob, url}
 
-/** Paint a picture's tile on a canvas: now if its sheet is decoded, or later, if it is still `needed` then. */
-function paintTile(canvas, picture, needed = () => canvas.isConnected, painted = () => {}) {
-  const sheet = Math.floor(picture / perSheet);
-  const request = { canvas, picture, needed, painted };
-  canvas.width = canvas.height = tileSize;
-  if (decoded.has(sheet)) return void drawTile(request, useSheet(sheet));
-  wanted.set(sheet, [...(wanted.get(sheet) ?? []), request]);
-  if (!decoding) decodeWanted();
-}
-
-function drawTile({ canvas, picture, painted }, bitmap) {
-  const i = picture % perSheet;
-  const [x, y] = [(i % tileColumns) * tileSize, Math.floor(i / tileColumns) * tileSize];
-  canvas.getContext("2d").drawImage(bitmap, x, y, tileSize, tileSize, 0, 0, tileSize, tileSize);
-  painted();
-}
-
-function useSheet(sheet) {
-  const bitmap = decoded.get(sheet);
-  decoded.delete(sheet);
-  decoded.set(sheet, bitmap);
-  return bitmap;
-}
-
-async function decodeWanted() {
-  decoding = true;
-  await new Promise(requestAnimationFrame); // canvases made just now are in the page by then
-  while (wanted.size) {
-    const [sheet] = wanted.keys();
-    if (!wanted.get(sheet).some((request) => request.needed())) {
-      wanted.delete(sheet);
-      continue;
-    }
-    if (!sheetFiles.has(sheet)) sheetFiles.set(sheet, new Blob([takeBytes(byId(`sheet-${sheet}`))]));
-    const bitmap = await createImageBitmap(sheetFiles.get(sheet));
-    decoded.set(sheet, bitmap);
-    const requests = wanted.get(sheet);
-    wanted.delete(sheet);
-    for (const request of requests) if (request.needed()) drawTile(request, bitmap);
-    if (decoded.size > SHEETS_DECODED) {
-      const [oldest] = decoded.keys();
-      decoded.get(oldest).close();
-      decoded.delete(oldest);
-    }
+function sheetFile(sheet) {
+  if (!sheetFiles.has(sheet)) {
+    const blob = new Blob([takeBytes(byId(`sheet-${sheet}`))], { type: "image/jpeg" });
+    sheetFiles.set(sheet, { blob, url: URL.createObjectURL(blob) });
   }
-  decoding = false;
+  return sheetFiles.get(sheet);
+}
+
+/** Sheet, column and row of a picture's tile. */
+function tileAt(picture) {
+  const i = picture % perSheet;
+  return [Math.floor(picture / perSheet), i % tileColumns, Math.floor(i / tileColumns)];
 }
 
 /** A thumbnail, without a button around it. */
 function tile(picture) {
-  const canvas = h("canvas", { "data-picture": picture, "aria-hidden": "true" });
-  paintTile(canvas, picture);
-  return canvas;
+  const [sheet, x, y] = tileAt(picture);
+  const rows = Math.ceil(Math.min(perSheet, n - sheet * perSheet) / tileColumns);
+  const part = (at, of) => `${of > 1 ? (100 * at) / (of - 1) : 0}%`;
+  const element = h("span", { class: "tile", "data-picture": picture, "aria-hidden": "true" });
+  element.style.background = `url(${sheetFile(sheet).url}) ${part(x, tileColumns)} ${part(y, rows)} / ${100 * tileColumns}% ${100 * rows}%`;
+  return element;
 }
 
 /** A thumbnail that opens its picture. */
 function thumbnail(picture, attributes = {}) {
   const title = labels ? `${names[picture]}\n${labelOf(picture)}` : names[picture];
-  return h("button", { type: "button", class: "thumb", "data-picture": picture, "aria-label": names[picture], title, ...attributes }, tile(picture));
+  const all = { type: "button", class: "thumb", "data-picture": picture, "aria-label": names[picture], title, ...attributes };
+  return h("button", all, tile(picture));
+}
+
+// Tiles to draw on a canvas: cut out of decoded sheets, of which only a few are kept, for many would take a gigabyte.
+const TILES_CUT = 600;
+const SHEETS_DECODED = 8;
+const cutTiles = new Map(); // picture -> ImageBitmap, least recently used first
+const decoded = new Map(); // sheet -> ImageBitmap, likewise
+let wanted = new Set(); // pictures
+let cutting = false;
+
+function use(cache, key) {
+  const value = cache.get(key);
+  cache.delete(key);
+  cache.set(key, value);
+  return value;
+}
+
+function keep(cache, key, bitmap, most) {
+  cache.set(key, bitmap);
+  if (cache.size <= most) return;
+  const [oldest] = cache.keys();
+  cache.get(oldest).close();
+  cache.delete(oldest);
+}
+
+/** Cut the tiles of these pictures, and no longer those asked for before; `done` is called as they come. */
+async function cut(pictures, done) {
+  wanted = new Set(pictures);
+  if (cutting) return;
+  cutting = true;
+  while (wanted.size) {
+    const [[first]] = [wanted];
+    const [sheet] = tileAt(first);
+    if (!decoded.has(sheet)) keep(decoded, sheet, await createImageBitmap(sheetFile(sheet).blob), SHEETS_DECODED);
+    const bitmap = use(decoded, sheet);
+    for (const picture of wanted) {
+      const [of, x, y] = tileAt(picture);
+      if (of !== sheet) continue;
+      keep(cutTiles, picture, await createImageBitmap(bitmap, x * tileSide, y * tileSide, tileSide, tileSide), TILES_CUT);
+      wanted.delete(picture);
+    }
+    done();
+  }
+  cutting = false;
 }
