@@ -145,7 +145,7 @@ function showSelection(clustering) {
   const { level, cluster, label } = state;
   box.hidden = level < 0 && label < 0;
   if (box.hidden) return;
-  const what = label >= 0 ? labels[label] : `${clusterName(cluster)} · ${pictures(clustering.size(level, cluster))}`;
+  const what = label >= 0 ? labels[label] : `${clusterName(cluster)} · ${count(clustering.size(level, cluster))}`;
   fill(box,
     h("span", { class: "name" }, what),
     label >= 0 ? null : h("button", { type: "button", class: "plain", "data-to-tree": true }, "Open in the tree"),
@@ -240,6 +240,7 @@ byId("facts").textContent = [
 byId("origin").textContent = `Made by uhml from ${meta.run} on ${meta.created.slice(0, 10)}; curvature ${meta.curvature}.`;
 byId("step-choice").hidden = steps.length < 2;
 byId("step").max = present;
+byId("legend").open = innerWidth > 900; // it would cover half of a small disk
 update(readHash(), true);
 
 Object.assign(window.uhml, {

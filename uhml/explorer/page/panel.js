@@ -5,13 +5,12 @@ let opener = null; // where the focus goes back to
 function showPanel({ picture, step, view }) {
   const panel = byId("panel");
   const wasOpen = !panel.hidden;
+  const held = panel.contains(document.activeElement); // asked first: what is hidden has no focus
   panel.hidden = picture < 0;
   if (picture < 0) {
-    if (wasOpen && panel.contains(document.activeElement)) opener?.focus({ preventScroll: true });
-    panel.replaceChildren();
-    return;
+    if (held) opener?.focus({ preventScroll: true });
+    return panel.replaceChildren();
   }
-  const held = panel.contains(document.activeElement);
   const clustering = clusterings[step];
   const facts = h("dl", {});
   const fact = (name, value) => facts.append(h("div", {}, h("dt", {}, name), h("dd", { class: "name", title: value }, value)));
@@ -28,7 +27,7 @@ function showPanel({ picture, step, view }) {
     view === "tree" ? h("button", { type: "button", class: "plain", "data-to-disk": true }, "Show in the disk") : null,
     h("h3", {}, "Path up the tree"),
     pathList(clustering, picture),
-    h("h3", {}, "Neighbours"),
+    h("h3", {}, "Neighbours", labels ? " · framed if of another label" : ""),
     neighborList(picture));
   panel.scrollTop = 0;
   // Following neighbours with the keyboard keeps the focus here.

@@ -52,11 +52,11 @@ function choose(option) {
 }
 
 searchBox.addEventListener("input", showResults);
-searchBox.addEventListener("focus", () => searchBox.value && showResults());
 searchBox.addEventListener("blur", closeResults);
 searchBox.addEventListener("keydown", (event) => {
   const options = resultList.querySelectorAll("[role=option]");
-  if (event.key === "ArrowDown") select(selected + 1);
+  if (resultList.hidden && event.key === "ArrowDown") showResults();
+  else if (event.key === "ArrowDown") select(selected + 1);
   else if (event.key === "ArrowUp") select(selected < 0 ? -1 : selected - 1);
   else if (event.key === "Enter" && !resultList.hidden && options.length) choose(options[Math.max(0, selected)]);
   else if (event.key === "Escape" && !resultList.hidden) {

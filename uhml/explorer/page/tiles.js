@@ -63,8 +63,9 @@ async function cut(pictures, done) {
   wanted = new Set(pictures);
   if (cutting) return;
   cutting = true;
+  let sheets = 0;
   while (wanted.size) {
-    const [[first]] = [wanted];
+    const [first] = wanted;
     const [sheet] = tileAt(first);
     if (!decoded.has(sheet)) keep(decoded, sheet, await createImageBitmap(sheetFile(sheet).blob), SHEETS_DECODED);
     const bitmap = use(decoded, sheet);
@@ -74,7 +75,7 @@ async function cut(pictures, done) {
       keep(cutTiles, picture, await createImageBitmap(bitmap, x * tileSide, y * tileSide, tileSide, tileSide), TILES_CUT);
       wanted.delete(picture);
     }
-    done();
+    if (++sheets % 4 === 0 || !wanted.size) done(); // drawing anew takes as long as a sheet
   }
   cutting = false;
 }
