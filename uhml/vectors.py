@@ -3,7 +3,7 @@
 A finished ``vectors.npy`` is a plain float32 matrix, and ``vectors.csv`` beside it names the picture of each row; that
 is also a list which ``data.dataset=list`` takes. A ``vectors.parquet`` holds both, in the columns path and vector.
 
-Until then there is a folder ``vectors.npy.partial`` with the rows so far, and ``state.json``, which says how many
+Until then there is a folder ``vectors.npy.unfinished`` with the rows so far, and ``state.json``, which says how many
 pictures they are of. What was written after the last state is written again.
 """
 
@@ -161,7 +161,7 @@ def unfinished(out: Path, width: int, key: dict[str, Any], overwrite: bool) -> I
 
 def unfinished_folder(out: Path) -> Path:
     """Return where a file of vectors is while it is being made."""
-    return out.with_name(f"{out.name}.partial")
+    return out.with_name(f"{out.name}.unfinished")
 
 
 def names_of(out: Path) -> Path:

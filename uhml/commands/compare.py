@@ -65,23 +65,28 @@ def table(runs: Sequence[RunRecord]) -> Table:
     shown.add_column("run", overflow="fold")
     if keys:
         shown.add_column("settings that differ", overflow="fold")
+    if any(run.state != "finished" for run in runs):
+        shown.add_column("state")
     for heading in ("steps", "seconds", *([f"{_title(recall)} frozen"] if recall else []), *map(_title, scores)):
         shown.add_column(heading, justify="right")
     for run, name in zip(runs, _names(runs), strict=True):
         settings = [_settings(run, keys)] if keys else []
+        state = [run.state] if any(other.state != "finished" for other in runs) else []
         planned = run.settings.get("train.num_steps")
-        steps = f"{run.step:,}" if run.state == "finished" else f"{run.step:,} of {planned:,}, {run.state}"
+        steps = f"{run.step:,}" if run.state == "finished" else f"{run.step:,} / {planned:,}"
         seconds = "" if run.seconds is None else f"{run.seconds:,.0f}"
         figures = [run.frozen.get(recall), *(run.trained.get(score) for score in scores)] if recall else []
-        shown.add_row(*map(escape, (name, *settings)), steps, seconds, *map(_per_cent, figures))
+        shown.add_row(*map(escape, (name, *settings, *state)), steps, seconds, *map(_per_cent, figures))
     shown.add_section()
     for group in groups_of_seeds(runs):
         finished = [run for run in group if run.state == "finished"]
         if len(finished) > 1 and scores:
-            settings = _settings(group[0], [key for key in keys if key != SEED])
+            others = [key for key in keys if key != SEED]
+            settings = [escape(_settings(group[0], others))] if keys else []
             means = [_with_deviation(spread(finished, score)) for score in scores]
             shown.caption = "± is the standard deviation over seeds"
-            shown.add_row(f"mean of {len(finished)} seeds", escape(settings), "", "", "", *means, style="bold")
+            empty = [""] * (len(shown.columns) - 1 - len(settings) - len(means))
+            shown.add_row(f"mean of {len(finished)}", *settings, *empty, *means, style="bold")
     return shown
 
 

@@ -1,0 +1,134 @@
+import json
+import re
+import shutil
+import statistics
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from uhml import cli
+from uhml.config import dump_config, load_config
+
+
+def compare(*words):
+    return cli.main(["compare", *map(str, words)])
+
+
+@pytest.fixture
+def runs(tmp_path, tiny_config):
+    """Three seeds, another curvature, and one that is not finished; as runs leave them, but for the scores."""
+    recalls = {}
+
+    def leave(name, *overrides, recall=(), finished=True):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text(dump_config(load_config(tiny_config, ["train.num_steps=40", *overrides])))
+        lines = []
+        for step, value in zip((0, 20, 40), recall, strict=False):
+            scores = {"recall_at_1": value, "recall_at_4": value + 0.1, "map_at_r": value / 2, "nmi": value / 3}
+            lines.append({"kind": "unseen_backbone", "step": step, **dict.fromkeys(scores, 0.25)})
+            lines.append({"kind": "unseen_ball", "step": step, **scores})
+            lines += [{"kind": "train", "step": step + i, "loss": 1 / (step + i)} for i in range(1, 20)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if finished:
+            (folder / "result.json").write_text(json.dumps({"seconds": 12.34}))
+        else:
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write('{"kind": "train", "step": 3')
+        recalls[name] = recall
+
+    leave("s0", recall=(0.3, 0.5, 0.7))
+    leave("s1", "train.seed=1", "data.num_workers=1", recall=(0.3, 0.6, 0.8))
+    leave("s2", "train.seed=2", recall=(0.3, 0.55, 0.72))
+    leave("flat $x_{", "model.curvature=0", recall=(0.3, 0.4, 0.6))
+    leave("going", "train.seed=3", recall=(0.3, 0.9), finished=False)
+    return tmp_path, recalls
+
+
+def test_scores_settings_and_spread_over_seeds(runs, capsys):
+    folder, recalls = runs
+    assert compare(*[folder / name for name in recalls], "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    for run, (name, recall) in zip(found["runs"], recalls.items(), strict=True):
+        assert run["run"] == str(folder / name)
+        assert run["trained"]["recall_at_1"] == recall[-1]
+        assert run["frozen"]["nmi"] == 0.25
+        # What may change unasked is not named, though it differs.
+        assert set(run["settings"]) == {"model.curvature", "train.seed"}
+    assert [run["state"] for run in found["runs"]] == ["finished"] * 4 + ["unfinished"]
+    assert found["runs"][0]["seconds"] == 12.34
+    seeds, flat = found["groups"]
+    assert seeds["runs"] == [str(folder / name) for name in ("s0", "s1", "s2", "going")]
+    assert seeds["settings"] == {"model.curvature": 0.1}
+    expected = [0.7, 0.8, 0.72]
+    assert seeds["trained"]["recall_at_1"]["mean"] == pytest.approx(statistics.fmean(expected))
+    assert seeds["trained"]["recall_at_1"]["deviation"] == pytest.approx(np.std(expected, ddof=1))
+    assert flat["trained"]["map_at_r"] == {"mean": 0.3, "deviation": None}
+
+
+def test_table_and_plot(runs, capsys):
+    folder, recalls = runs
+    out = folder / "c.png"
+    assert compare(*[folder / name for name in recalls], "--out", out) == 0
+    said = capsys.readouterr().out
+    mean, deviation = 100 * statistics.fmean([0.7, 0.8, 0.72]), 100 * np.std([0.7, 0.8, 0.72], ddof=1)
+    assert "mean of 3" in said
+    assert f"{mean:.1f} ± {deviation:.1f}" in said
+    assert "flat $x_{" in said
+    assert "39 / 40" in said
+    assert "unfinished" in said
+    with Image.open(out) as image:
+        colours = image.convert("RGB").getcolors(1 << 24)
+        assert {(31, 119, 180), (255, 127, 14)} <= {colour for _, colour in colours}
+    assert compare(folder / "s0", "--out", out) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert compare(folder / "s0", "--out", out, "--overwrite") == 0
+
+
+def test_a_run_as_uhml_leaves_it(finished_run, tmp_path, capsys):
+    assert compare(finished_run, "--json", "--out", tmp_path / "c.svg") == 0
+    (found,) = json.loads(capsys.readouterr().out)["runs"]
+    result = json.loads((finished_run / "result.json").read_text())
+    assert (found["state"], found["step"], found["seconds"]) == ("finished", 6, result["seconds"])
+    assert found["trained"]["recall_at_4"] == result["trained"]["recall_at_k"]["4"]
+    assert found["frozen"]["map_at_r"] == result["frozen"]["map_at_r"]
+    assert (tmp_path / "c.svg").read_text().count("<path") > 10
+
+
+def test_the_same_run_twice_over(runs, capsys):
+    folder, _ = runs
+    shutil.copytree(folder / "s0", folder / "again")
+    assert compare(folder / "s0", folder / "again") == 0
+    assert "70.0 ± 0.0" in capsys.readouterr().out
+
+
+def test_a_run_without_labels(tmp_path, tiny_config, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(load_config(tiny_config)))
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 0.5}\n')
+    (tmp_path / "run" / "result.json").write_text('{"seconds": 1.0}')
+    assert compare(tmp_path / "run", "--out", tmp_path / "c.png") == 0
+    assert "seconds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["flat"], r"There is no run flat\. Did you mean 'flat \$x_\{'"),
+        (["empty"], "empty holds no run: config.yaml or metrics.jsonl is missing"),
+        (["s0", "./s0"], "A run is named twice"),
+        (["broken"], "broken/metrics.jsonl is damaged"),
+        (["s0", "--out", "absent/c.png"], "there is no folder"),
+        (["s0", "--out", "c.txt"], "must end in .png"),
+    ],
+)
+def test_what_is_refused(runs, monkeypatch, capsys, words, message):
+    folder, _ = runs
+    monkeypatch.chdir(folder)
+    (folder / "empty").mkdir()
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.yaml").write_text((folder / "s0" / "config.yaml").read_text())
+    (folder / "broken" / "metrics.jsonl").write_text("{}\nhalf a l\n{}\n")
+    assert compare(*words) == 2
+    assert re.search(message, capsys.readouterr().err)
