@@ -1,7 +1,7 @@
 // The Poincaré disk. Points are set pixel by pixel in an ImageData: 60,000 take a few milliseconds on any machine, with or
 // without a GPU. Thumbnails, geodesics and the rim are drawn over them.
 
-const ZOOM_MOST = 400;
+const ZOOM_MOST = 2.5; // pictures are spread evenly over the space, and more zoom would show few or none
 const TILE_HALF = 30; // half the side of a thumbnail in the middle, CSS pixels
 const TILE_LEAST = 6;
 const TILES_MOST = 250;
@@ -259,11 +259,18 @@ function drag(from, to) {
   setView(compose(translationBetween(inFringe(from), inFringe(to)), view.moebius));
 }
 
-/** Zoom, with the place under the pointer held. */
+/** Zoom, with the place under the pointer held. Beyond the limits it goes on as a way: into the place, or back to the origin. */
 function zoomAt(factor, x, y) {
   const from = toDisk(x, y);
-  setView(view.moebius, view.zoom * factor);
-  if (Math.hypot(...from) < FRINGE) drag(from, toDisk(x, y));
+  if (factor < 1 && view.zoom === 1) {
+    const origin = move(view.moebius, [0, 0]);
+    setView(compose(translationBetween(origin, towards(origin, factor)), view.moebius));
+  } else if (factor > 1 && view.zoom === ZOOM_MOST) {
+    drag(from, towards(inFringe(from), 1 / factor));
+  } else {
+    setView(view.moebius, view.zoom * factor);
+    drag(from, toDisk(x, y));
+  }
 }
 
 /** Fly along the geodesic until a point of the space is in the middle. */
@@ -290,7 +297,7 @@ function flyToCluster(clustering, level, cluster) {
   const center = hyperbolicMean(members);
   const back = inverse(translation(center));
   const reach = Array.from(members, (picture) => Math.hypot(...move(back, place(picture)))).sort((a, b) => a - b);
-  flyTo(center, Math.min(40, Math.max(1, 0.55 / (reach[Math.floor(0.8 * reach.length)] || 1))));
+  flyTo(center, Math.min(ZOOM_MOST, Math.max(1, 0.55 / (reach[Math.floor(0.8 * reach.length)] || 1))));
 }
 
 /** Fly to a picture unless it is well in sight. */

@@ -213,9 +213,6 @@ byId("color-by").addEventListener("change", ({ target }) => go({ color: target.v
 byId("step").addEventListener("input", ({ target }) => goToStep(Number(target.value)));
 byId("theme").addEventListener("click", () => go({ theme: isDark() ? "light" : "dark" }, true));
 byId("help").addEventListener("click", () => byId("manual").showModal());
-byId("zoom-in").addEventListener("click", () => flyTo(diskCenter(), view.zoom * 1.6));
-byId("zoom-out").addEventListener("click", () => flyTo(diskCenter(), Math.max(1, view.zoom / 1.6)));
-byId("zoom-reset").addEventListener("click", resetDisk);
 systemDark.addEventListener("change", () => update(state));
 addEventListener("popstate", () => update(readHash(), true));
 
