@@ -5,7 +5,8 @@ depth of a tree; so a tree fits there without crowding (Sarkar, "Low distortion 
 hyperbolic plane", 2011; Lamping and Rao, "The hyperbolic browser", 1996). Here its nodes are pictures. Of two clusters
 that merge, the more central picture stands for both, so that every picture but one stands, at last, for one greatest
 cluster. The pictures of great clusters lie near the centre and those that stand for themselves alone far out, as dense
-everywhere as anywhere, and each lies in the direction of its cluster: a cluster is a sector, and so is each within it.
+everywhere as anywhere, each in the direction of the middle of the cluster that it stands for. A cluster is a sector,
+and so is each within it.
 """
 
 import math
@@ -68,7 +69,7 @@ def draw(tree: Dendrogram, points: Tensor, geometry: Geometry) -> Drawing:
 
     start = _starts(children, sizes, means)
     order = np.argsort(start[:n])
-    turn = (start[:n] + 0.5) / n
+    turn = (start[greatest] + sizes[greatest] / 2) / n
     rank = np.empty(n, np.int64)
     rank[np.lexsort([start[:n], -height, -sizes[greatest]])] = np.arange(n)
     return Drawing(order, turn, rank, standing[n:])

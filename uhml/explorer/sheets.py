@@ -17,9 +17,10 @@ from uhml.progress import progress
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = 16
+# Small ones: a view of the whole tree takes a picture from each of very many, and a browser decodes all of a sheet.
+COLUMNS = 8
 PER_SHEET = COLUMNS * COLUMNS
-NUM_SAMPLED = PER_SHEET
+NUM_SAMPLED = 256
 # Pictures differ: what a sample of them takes is not quite what all take.
 MARGIN = 1.1
 

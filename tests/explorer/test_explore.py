@@ -1,0 +1,89 @@
+"""The command as people type it: mistakes, and the page on localhost."""
+
+import http.client
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from uhml import cli
+from uhml.errors import UserError
+from uhml.explorer.serve import server
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["absent", "--out", "page.html"], "absent: no such checkpoint"),
+        ([".", "--out", "page.html"], "holds no checkpoints"),
+        (["RUN", "--out", "old.html"], "old.html is there already.*--overwrite"),
+        (["RUN", "--out", "absent/page.html"], "there is no folder"),
+        (["RUN", "--out", "page.png"], "must end in .html"),
+        (["RUN", "--out", "page.html", "--images", "absent"], "--images .*absent: there is no such folder or list"),
+        (["RUN", "--out", "page.html", "--images", "few"], "1 pictures are too few to explore: it takes 10"),
+        (["RUN", "--out", "page.html", "--images", "list.txt"], "missing, first .*gone.png"),
+        (["RUN", "--out", "page.html", "--max-pictures", "3"], "--max-pictures 3 is too few"),
+        (["RUN", "--out", "page.html", "data.root=absent"], "data.root=absent is no folder"),
+    ],
+)
+def test_mistakes(labelled_run, words, message, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.html").touch()
+    (tmp_path / "few").mkdir()
+    picture = next((labelled_run.parent / "shapes").rglob("*.png"))
+    (tmp_path / "few" / "one.png").write_bytes(picture.read_bytes())
+    (tmp_path / "list.txt").write_text("few/one.png\ngone.png\n")
+    assert cli.main(["explore", *(str(labelled_run) if word == "RUN" else word for word in words)]) == 2
+    assert re.search(message, caplog.records[-1].getMessage())
+    assert "\n" not in caplog.records[-1].getMessage()
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_run_without_classes_has_no_test_part(plain_page, tmp_path, caplog):
+    run = str(plain_page.parent / "run")
+    assert cli.main(["explore", run, "--part", "test", "--out", str(tmp_path / "page.html")]) == 2
+    assert "--part test: no classes are known" in caplog.text
+
+
+def test_the_server_shows_the_page_to_this_machine_alone(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("<p>Grüße")
+    with server(page, 0) as listening:
+        assert listening.server_address[0] == "127.0.0.1"
+        port = listening.server_port
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+
+        def get(path, host=f"localhost:{port}"):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            connection.request("GET", path, headers={"Host": host})
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+
+        assert get("/") == (200, "<p>Grüße")
+        assert get("/page.html")[0] == get("/../page.html")[0] == get("/", "evil.example")[0] == 404
+        with pytest.raises(UserError, match=f"--serve {port}: cannot listen there"):
+            server(page, port)
+        listening.shutdown()
+
+
+@pytest.mark.slow
+def test_serving_ends_with_ctrl_c(labelled_run, tmp_path):
+    page = tmp_path / "page.html"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "uhml", "explore", str(labelled_run), "--out", str(page), "--serve", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if f"http://127.0.0.1:{port}/" in line:
+                break
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("GET", "/")
+        assert connection.getresponse().read() == page.read_bytes()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+        assert "Traceback" not in process.stderr.read()
