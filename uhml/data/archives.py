@@ -153,5 +153,5 @@ def _check_room(num_bytes: int, archive: Path, target: Path) -> None:
     free = shutil.disk_usage(target).free
     if num_bytes > free:
         raise UserError(
-            f"{archive} unpacks to {num_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free for {target}."
+            f"{archive} unpacks to {num_bytes / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free for {target}."
         )

@@ -77,13 +77,13 @@ def _fetch(url: str, part: Path) -> None:
         if got.status == 206 and not got.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
             part.unlink()
             raise _Cut("the server sent another part than it was asked for")
+        length = got.headers.get("Content-Length")
+        _check_room(int(length or 0), part)
         if got.status != 206:
             offset = 0
             tag = got.headers.get("ETag", "")
             # A weak one (W/"...") says that files mean the same, not that they are.
             _tag(part).write_text(tag if tag.startswith('"') else "")
-        length = got.headers.get("Content-Length")
-        _check_room(int(length or 0), part)
         with part.open("r+b" if offset else "wb") as file:
             file.seek(offset)
             file.truncate()
@@ -130,7 +130,7 @@ def _check_room(num_bytes: int, part: Path) -> None:
     free = shutil.disk_usage(part.parent).free
     if num_bytes > free:
         raise UserError(
-            f"{part.stem} needs {num_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free in {part.parent}."
+            f"{part.stem} needs {num_bytes / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free in {part.parent}."
         )
 
 

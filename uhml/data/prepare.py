@@ -74,7 +74,7 @@ def prepare(name: str, root: Path, urls: Sequence[str], archives: Sequence[Path]
     try:
         for file in files:
             _put(file, aside, official)
-        _check_complete(name, aside, f"{', '.join(file.name for file in files)} make no complete {name}")
+        _check_complete(name, aside, f"There is no complete {name} in {', '.join(file.name for file in files)}")
         aside.replace(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -1,10 +1,14 @@
 """What the data sets' readers share: finding the folder, reading tables, and the sentences when something is off."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 
 from uhml.errors import UserError
+
+_noted: ContextVar[list[str] | None] = ContextVar("_noted", default=None)
 
 
 def find_home(root: Path | None, name: str, folder: str, markers: Sequence[str]) -> Path:
@@ -88,13 +92,27 @@ def check_exist(paths: Sequence[str], listed_in: Path) -> None:
     """Check that pictures that a file lists are there.
 
     Raises:
-        UserError: some are not.
+        UserError: some are not, outside of :func:`missing_noted`.
     """
     missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
+    noted = _noted.get()
+    if noted is not None:
+        noted += missing
+    elif missing:
         raise UserError(
             f"{listed_in} lists {len(paths):,} pictures, of which {len(missing):,} are missing, first {missing[0]}."
         )
+
+
+@contextlib.contextmanager
+def missing_noted() -> Iterator[list[str]]:
+    """Within, :func:`check_exist` adds the pictures that are missing to the list that this yields, and goes on."""
+    missing: list[str] = []
+    token = _noted.set(missing)
+    try:
+        yield missing
+    finally:
+        _noted.reset(token)
 
 
 def check_both_parts(trains: Sequence[bool], num_train_classes: int, path: Path) -> None:
