@@ -81,7 +81,8 @@ class Clustering {
 
   /** The picture that stands for a cluster in the disk: the one nearest to the origin. */
   standing(level, cluster) {
-    return this.members(level, cluster).reduce((best, picture) => (Math.hypot(...place(picture)) < Math.hypot(...place(best)) ? picture : best));
+    const fromOrigin = (picture) => Math.hypot(...place(picture));
+    return this.members(level, cluster).reduce((best, picture) => (fromOrigin(picture) < fromOrigin(best) ? picture : best));
   }
 
   /** The cluster of this clustering that has most pictures of a cluster of another one. */

@@ -18,6 +18,9 @@ function colorChoices(clustering) {
   return [...choices, ["radius", "radius"]];
 }
 
+/** The level whose clusters have the colours, or null. */
+const levelOf = (choice) => (choice.startsWith("level-") ? Number(choice.slice("level-".length)) : null);
+
 /** Rank of each group by size: the largest groups are to differ in colour. */
 function bySize(values, groups) {
   const sizes = new Int32Array(groups);
@@ -35,13 +38,13 @@ function bySize(values, groups) {
 function colorBy(choice, clustering, dark) {
   if (choice === "radius") return colorByRadius();
   const palette = categorical[dark ? "dark" : "light"];
-  const level = choice.startsWith("level-") ? Number(choice.slice(6)) : null;
+  const level = levelOf(choice);
   const [of, classes] =
     choice === "label" ? [arrays.label.data, labels]
     : choice === "super-label" ? [arrays.super_label.data, superLabels]
     : [clustering.clusterOf(level), null];
   const { rank, order, sizes } = bySize(of, classes?.length ?? clustering.clusters(level));
-  const color = level === null ? (group) => palette[rank[group] % palette.length] : (group) => clusterColor(clustering, level, group, dark);
+  const color = (group) => (classes ? palette[rank[group] % palette.length] : clusterColor(clustering, level, group, dark));
   const colors = Array.from(rank.keys(), (group) => hexToRgb(color(group)));
   const rgb = new Uint8Array(3 * n);
   for (let picture = 0; picture < n; picture++) rgb.set(colors[of[picture]], 3 * picture);
@@ -62,7 +65,8 @@ function clusterColor(clustering, level, cluster, dark) {
 function colorByRadius() {
   const { data } = arrays.radius;
   const sorted = Float32Array.from(data).sort();
-  const [low, high] = [sorted[Math.floor(0.01 * n)], sorted[Math.ceil(0.99 * (n - 1))]]; // a few outliers would leave one colour for all others
+  // Not least and greatest: a few outliers would leave one colour for all others.
+  const [low, high] = [sorted[Math.floor(0.01 * n)], sorted[Math.ceil(0.99 * (n - 1))]];
   const stops = cividis.map(hexToRgb);
   const rgb = new Uint8Array(3 * n);
   for (let picture = 0; picture < n; picture++) {

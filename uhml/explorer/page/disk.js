@@ -278,7 +278,10 @@ function flyTo(point, zoom = view.zoom) {
   cancelAnimationFrame(flight);
   const from = view;
   const target = move(from.moebius, point);
-  const at = (share) => [compose(inverse(translation(towards(target, share))), from.moebius), from.zoom * (zoom / from.zoom) ** share];
+  const at = (share) => {
+    const onTheWay = inverse(translation(towards(target, share)));
+    return [compose(onTheWay, from.moebius), from.zoom * (zoom / from.zoom) ** share];
+  };
   if (stillPlease.matches) return setView(...at(1));
   const start = performance.now();
   const step = (now) => {

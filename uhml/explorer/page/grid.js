@@ -37,7 +37,8 @@ class Grid {
   put(i, element) {
     const x = (i % this.columns) * (this.cellWidth + this.gap);
     const y = Math.floor(i / this.columns) * (this.cellHeight + this.gap);
-    Object.assign(element.style, { transform: `translate(${x}px, ${y}px)`, width: `${this.cellWidth}px`, height: `${this.cellHeight}px` });
+    const [width, height] = [`${this.cellWidth}px`, `${this.cellHeight}px`];
+    Object.assign(element.style, { transform: `translate(${x}px, ${y}px)`, width, height });
   }
 
   /** Make the cells on the screen, and half a screen around it; drop the others, but never the one that has the focus. */

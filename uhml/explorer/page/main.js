@@ -1,6 +1,8 @@
 // The state, and what follows from it. The state is kept in the URL's hash: every place can be linked to, and Back works.
 
-const initial = { view: "tree", step: present, level: -1, cluster: 0, show: -1, picture: -1, color: "level-0", label: -1, at: "", theme: "" };
+const initial = {
+  view: "tree", step: present, level: -1, cluster: 0, show: -1, picture: -1, color: "level-0", label: -1, at: "", theme: "",
+};
 const systemDark = matchMedia("(prefers-color-scheme: dark)");
 const scrolled = new Map(); // page of the tree -> where it was left
 let state = initial;
@@ -18,19 +20,19 @@ function isPlace(text) {
 
 /** A hash may be anything: what does not exist on this page is as if it were not given. */
 function valid(given) {
-  const within = (value, least, limit, otherwise) => (Number.isInteger(value) && value >= least && value < limit ? value : otherwise);
-  const step = within(given.step, 0, steps.length, present);
+  const within = (value, limit, otherwise) => (Number.isInteger(value) && value >= 0 && value < limit ? value : otherwise);
+  const step = within(given.step, steps.length, present);
   const { levels } = steps[step];
-  const level = within(given.level, 0, levels.length, -1);
+  const level = within(given.level, levels.length, -1);
   return {
     step,
     level,
     view: given.view === "disk" ? "disk" : "tree",
-    cluster: level < 0 ? 0 : within(given.cluster, 0, levels[level].clusters, 0),
-    show: within(given.show, 0, levels.length, -1),
-    picture: within(given.picture, 0, n, -1),
+    cluster: level < 0 ? 0 : within(given.cluster, levels[level].clusters, 0),
+    show: within(given.show, levels.length, -1),
+    picture: within(given.picture, n, -1),
     color: colorChoices(clusterings[step]).some(([value]) => value === given.color) ? given.color : initial.color,
-    label: labels ? within(given.label, 0, labels.length, -1) : -1,
+    label: labels ? within(given.label, labels.length, -1) : -1,
     at: isPlace(given.at) ? given.at : "",
     theme: ["dark", "light"].includes(given.theme) ? given.theme : "",
   };
@@ -128,14 +130,15 @@ function showLegend({ rows, more, repeat, range }) {
     const [low, high] = range.map((value) => h("span", {}, value.toFixed(2)));
     return void body.replaceChildren(h("div", { class: "ramp" }), h("div", { class: "ends" }, low, high));
   }
-  const level = state.color.startsWith("level-") ? Number(state.color.slice(6)) : null;
+  const level = levelOf(state.color);
+  const lit = (group) => (level === null ? state.label === group : state.label < 0 && state.level === level && state.cluster === group);
   const items = rows.map(({ group, name, size, color }) => {
-    const isOn = level !== null ? state.label < 0 && state.level === level && state.cluster === group : state.color === "label" && state.label === group;
     const content = [swatch(color), h("span", { class: "name", title: name }, name), h("small", {}, count(size))];
     if (state.color === "super-label") return h("li", {}, h("span", { class: "entry" }, ...content));
-    return h("li", {}, h("button", { type: "button", class: "entry", "aria-pressed": String(isOn), "data-group": group }, ...content));
+    const attributes = { type: "button", class: "entry", "aria-pressed": String(lit(group)), "data-group": group };
+    return h("li", {}, h("button", attributes, ...content));
   });
-  const rest = more ? h("p", {}, `and ${count(more)} smaller${repeat ? "; colours repeat" : ""}`) : null;
+  const rest = more ? h("p", {}, `and ${count(more)} more${repeat ? "; colours repeat" : ""}`) : null;
   fill(body, h("ul", {}, ...items), rest);
 }
 
@@ -193,8 +196,9 @@ document.addEventListener("click", ({ target }) => {
   const at = (selector) => target.closest(selector);
   if (at("#results, #disk")) return;
   const group = at("[data-group]");
+  const cluster = at("[data-cluster]");
   if (at("button[data-picture]")) openPicture(Number(at("button[data-picture]").dataset.picture), at("button"));
-  else if (at("[data-cluster]")) openCluster(Number(at("[data-cluster]").dataset.level), Number(at("[data-cluster]").dataset.cluster));
+  else if (cluster) openCluster(Number(cluster.dataset.level), Number(cluster.dataset.cluster));
   else if (at("[data-show]")) go({ show: Number(at("[data-show]").dataset.show) }, true);
   else if (at("[data-to-disk]")) {
     go({ view: "disk", label: -1 });
@@ -204,7 +208,7 @@ document.addEventListener("click", ({ target }) => {
   else if (at("#panel .close")) closePanel();
   else if (group && group.getAttribute("aria-pressed") === "true") deselect();
   else if (group && state.color === "label") go({ label: Number(group.dataset.group) });
-  else if (group) openCluster(Number(state.color.slice(6)), Number(group.dataset.group));
+  else if (group) openCluster(levelOf(state.color), Number(group.dataset.group));
 });
 
 byId("view-tree").addEventListener("click", () => go({ view: "tree" }));

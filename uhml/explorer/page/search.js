@@ -8,16 +8,19 @@ let selected = -1;
 
 function find(text) {
   const found = [];
-  for (let picture = 0; picture < n && found.length < RESULTS; picture++) if (lowerNames[picture].includes(text)) found.push(picture);
+  for (let picture = 0; picture < n && found.length < RESULTS; picture++) {
+    if (lowerNames[picture].includes(text)) found.push(picture);
+  }
   return found;
 }
 
 function result(picture, text, i) {
   const name = names[picture];
   const at = lowerNames[picture].indexOf(text);
+  const end = at + text.length;
   return h("li", { role: "option", id: `result-${i}`, "data-picture": picture, "aria-selected": "false" },
     tile(picture),
-    h("span", { class: "name" }, name.slice(0, at), h("mark", {}, name.slice(at, at + text.length)), name.slice(at + text.length)));
+    h("span", { class: "name" }, name.slice(0, at), h("mark", {}, name.slice(at, end)), name.slice(end)));
 }
 
 function showResults() {

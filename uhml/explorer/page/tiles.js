@@ -24,7 +24,9 @@ function tile(picture) {
   const rows = Math.ceil(Math.min(perSheet, n - sheet * perSheet) / tileColumns);
   const part = (at, of) => `${of > 1 ? (100 * at) / (of - 1) : 0}%`;
   const element = h("span", { class: "tile", "data-picture": picture, "aria-hidden": "true" });
-  element.style.background = `url(${sheetFile(sheet).url}) ${part(x, tileColumns)} ${part(y, rows)} / ${100 * tileColumns}% ${100 * rows}%`;
+  element.style.backgroundImage = `url(${sheetFile(sheet).url})`;
+  element.style.backgroundPosition = `${part(x, tileColumns)} ${part(y, rows)}`;
+  element.style.backgroundSize = `${100 * tileColumns}% ${100 * rows}%`;
   return element;
 }
 
@@ -35,9 +37,9 @@ function thumbnail(picture, attributes = {}) {
   return h("button", all, tile(picture));
 }
 
-// Tiles to draw on a canvas: cut out of decoded sheets, of which only a few are kept, for many would take a gigabyte.
+// Tiles to draw on a canvas: cut out of decoded sheets, of which not all are kept, for they would take a gigabyte.
 const TILES_CUT = 600;
-const SHEETS_DECODED = 8;
+const SHEETS_DECODED = Math.max(2, Math.floor(16e6 / (perSheet * tileSide ** 2))); // 16 million pixels are 64 MB
 const cutTiles = new Map(); // picture -> ImageBitmap, least recently used first
 const decoded = new Map(); // sheet -> ImageBitmap, likewise
 let wanted = new Set(); // pictures
@@ -63,7 +65,7 @@ async function cut(pictures, done) {
   wanted = new Set(pictures);
   if (cutting) return;
   cutting = true;
-  let sheets = 0;
+  let shown = 0;
   while (wanted.size) {
     const [first] = wanted;
     const [sheet] = tileAt(first);
@@ -75,7 +77,10 @@ async function cut(pictures, done) {
       keep(cutTiles, picture, await createImageBitmap(bitmap, x * tileSide, y * tileSide, tileSide, tileSide), TILES_CUT);
       wanted.delete(picture);
     }
-    if (++sheets % 4 === 0 || !wanted.size) done(); // drawing anew takes as long as a sheet
+    if (performance.now() > shown + 100 || !wanted.size) {
+      shown = performance.now(); // not after each sheet: drawing takes as long as decoding
+      done();
+    }
   }
   cutting = false;
 }

@@ -23,7 +23,8 @@ function purity({ name, share }) {
 function mini(clustering, level, cluster) {
   const size = clustering.size(level, cluster);
   const title = `${clusterName(cluster)} of ${clustering.levels[level].name}, ${pictures(size)}`;
-  return h("button", { type: "button", class: "card mini", "data-level": level, "data-cluster": cluster, title, "aria-label": title },
+  const attributes = { type: "button", class: "card mini", "data-level": level, "data-cluster": cluster, title, "aria-label": title };
+  return h("button", attributes,
     tile(clustering.central(level, cluster)[0]), h("small", {}, count(size)));
 }
 
@@ -34,11 +35,10 @@ function card(clustering, level, cluster) {
   const finer = clustering.splitLevel(level, cluster);
   const inside = finer === null ? [] : clustering.inside(level, cluster, finer);
   const foot = h("div", { class: "foot" });
-  if (unusual.length) foot.append(h("div", {}, h("small", {}, "Most unusual"), h("div", {}, ...unusual.map((picture) => thumbnail(picture)))));
-  if (inside.length) {
-    const nested = Array.from(inside.slice(0, NESTED), (smaller) => mini(clustering, finer, smaller));
-    foot.append(h("div", {}, h("small", {}, `${count(inside.length)} clusters inside`), h("div", {}, ...nested)));
-  }
+  const part = (title, elements) => foot.append(h("div", {}, h("small", {}, title), h("div", {}, ...elements)));
+  if (unusual.length) part("Most unusual", unusual.map((picture) => thumbnail(picture)));
+  const nested = Array.from(inside.slice(0, NESTED), (smaller) => mini(clustering, finer, smaller));
+  if (inside.length) part(`${count(inside.length)} clusters inside`, nested);
   return h("article", { class: "card", "data-level": level, "data-cluster": cluster },
     h("header", {},
       swatch(clusterColorNow(clustering, level, cluster)),
@@ -56,7 +56,8 @@ function addGrid(parent, options) {
 }
 
 function addPictures(parent, members, label) {
-  addGrid(parent, { cells: members.length, width: 68, height: (width) => width, gap: 6, label, cell: (i) => thumbnail(members[i]) });
+  const cell = (i) => thumbnail(members[i]);
+  addGrid(parent, { cells: members.length, width: 68, height: (width) => width, gap: 6, label, cell });
 }
 
 function breadcrumb(clustering, level, cluster) {
@@ -73,7 +74,8 @@ function breadcrumb(clustering, level, cluster) {
 function levelChoice(clustering, level, shown) {
   const finer = clustering.levels.slice(level + 1).map((_, i) => level + 1 + i);
   if (finer.length < 2) return null;
-  const buttons = finer.map((at) => h("button", { type: "button", "data-show": at, "aria-pressed": String(at === shown) }, clustering.levels[at].name));
+  const attributes = (at) => ({ type: "button", "data-show": at, "aria-pressed": String(at === shown) });
+  const buttons = finer.map((at) => h("button", attributes(at), clustering.levels[at].name));
   return h("div", { class: "choice", role: "group", "aria-label": "Level of the clusters" }, ...buttons);
 }
 
@@ -86,19 +88,24 @@ function showTree({ level, cluster, show }, clustering) {
   const several = inside.filter((smaller) => clustering.size(shown, smaller) > 1);
   const single = inside.filter((smaller) => clustering.size(shown, smaller) === 1);
   const height = level < 0 ? null : clustering.height(level, cluster);
-  const facts = [pictures(members.length), level < 0 ? null : clustering.levels[level].name, height ? `joined at height ${height.toPrecision(3)}` : null];
-
+  const facts = [pictures(members.length)];
+  if (level >= 0) facts.push(clustering.levels[level].name);
+  if (height) facts.push(`joined at height ${height.toPrecision(3)}`);
+  const name = level < 0 ? "All pictures" : clusterName(cluster);
+  const mark = level < 0 ? null : swatch(clusterColorNow(clustering, level, cluster));
+  const section = (title, choice = null) => page.append(h("div", { class: "section" }, h("h3", {}, title), choice));
   const page = byId("tree");
   fill(page,
     level < 0 ? null : breadcrumb(clustering, level, cluster),
     h("header", { class: "head" },
       h("div", {},
-        h("h2", { tabindex: "-1" }, ...(level < 0 ? ["All pictures"] : [swatch(clusterColorNow(clustering, level, cluster)), clusterName(cluster)])),
-        h("p", { class: "facts" }, facts.filter(Boolean).join(" · ")),
+        h("h2", { tabindex: "-1" }, mark, name),
+        h("p", { class: "facts" }, facts.join(" · ")),
         ...(level < 0 ? [] : majorities(members).map(purity))),
       level < 0 ? null : h("button", { type: "button", class: "plain", "data-to-disk": true }, "Show in the disk")));
   if (level >= 0 && members.length > 8) {
-    const strip = (label, list) => h("div", {}, h("h3", {}, label), h("div", { class: "strip" }, ...list.map((picture) => thumbnail(picture))));
+    const strip = (label, list) =>
+      h("div", {}, h("h3", {}, label), h("div", { class: "strip" }, ...list.map((picture) => thumbnail(picture))));
     const unusual = clustering.unusual(level, cluster);
     page.append(h("div", { class: "strips" },
       strip("Most central", clustering.central(level, cluster)),
@@ -106,7 +113,7 @@ function showTree({ level, cluster, show }, clustering) {
   }
   if (several.length) {
     const title = `${count(inside.length)} clusters`;
-    page.append(h("div", { class: "section" }, h("h3", {}, title), levelChoice(clustering, level, shown)));
+    section(title, levelChoice(clustering, level, shown));
     const lines = (labels ? 1 : 0) + (superLabels ? 1 : 0);
     addGrid(page, {
       cells: several.length, width: 264, gap: 16, label: title,
@@ -115,9 +122,9 @@ function showTree({ level, cluster, show }, clustering) {
     });
   }
   if (single.length) {
-    page.append(h("div", { class: "section" }, h("h3", {}, `${pictures(single.length)} on ${single.length === 1 ? "its" : "their"} own`)));
+    section(`${pictures(single.length)} on ${single.length === 1 ? "its" : "their"} own`);
     addPictures(page, single.map((smaller) => clustering.members(shown, smaller)[0]), "Pictures on their own");
   }
-  page.append(h("div", { class: "section" }, h("h3", {}, level < 0 ? `All ${pictures(n)}` : `All ${pictures(members.length)} of ${clusterName(cluster)}`)));
+  section(level < 0 ? `All ${pictures(n)}` : `All ${pictures(members.length)} of ${name}`);
   addPictures(page, members, "All pictures");
 }
