@@ -157,6 +157,11 @@ def _use(trained: Trained, file: str, difference: float | None) -> str:
         if difference is None
         else f"onnxruntime's points were within {max(difference, 1e-9):.0e} of the network's own at export."
     )
+    if trained.config.model.inference_precision != "float32":
+        compared += (
+            f" They are computed in float32; uhml itself does so in {trained.config.model.inference_precision}, as the "
+            "recipe says, and differs by that."
+        )
     fit = (CROP_CODE if shape["fit"] == "crop" else SQUASH_CODE).format_map(shape)
     code = ONNX_CODE.format(fit=fit, mean=shape["mean"], std=shape["std"])
     return (

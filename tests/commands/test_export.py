@@ -85,6 +85,7 @@ def test_the_code_in_the_card_gives_the_networks_points(make_run, pictures, tmp_
     for picture in pictures:
         (out / picture.name).write_bytes(picture.read_bytes())
     monkeypatch.chdir(out)
+    assert ("uhml itself does so in bfloat16" in (out / "README.md").read_text()) == (format == "onnx")
     said = {}
     exec(code_of(out), said)
     expected = points_of(run, pictures)
