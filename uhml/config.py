@@ -298,7 +298,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raw = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError, OSError) as e:
         raise UserError(f"{path} and the overrides are no valid YAML mapping: {' '.join(str(e).split())}") from e
-    return parse_config(cast(dict[Any, Any], raw), str(path))
+    # The environment says how many ranks there will be before there is a process group.
+    return parse_config(cast(dict[Any, Any], raw), str(path), place().world_size)
 
 
 def _other_configs(path: Path) -> str:
@@ -309,8 +310,10 @@ def _other_configs(path: Path) -> str:
     return f" There are {', '.join(map(str, others.values()))}." if others else ""
 
 
-def parse_config(raw: dict[Any, Any], source: str) -> Config:
+def parse_config(raw: dict[Any, Any], source: str, num_ranks: int = 1) -> Config:
     """Build the checked config from plain nested dictionaries; ``source`` names them in messages.
+
+    ``num_ranks`` is how many are to train by it: a network that is trained may be used on any number.
 
     Raises:
         UserError: as :func:`load_config`.
@@ -319,7 +322,7 @@ def parse_config(raw: dict[Any, Any], source: str) -> Config:
         config = TypeAdapter(Config).validate_python(raw)
     except pydantic.ValidationError as e:
         raise UserError(_explain(e, source)) from e
-    problems = list(_contradictions(config))
+    problems = list(_contradictions(config, num_ranks))
     if problems:
         raise UserError(" ".join(problems))
     return config
@@ -428,7 +431,7 @@ def _section_of(word: str) -> str:
     return ""
 
 
-def _contradictions(config: Config) -> Iterator[str]:
+def _contradictions(config: Config, num_ranks: int) -> Iterator[str]:
     """Yield a sentence for each pair of options that cannot go together."""
     data, hierarchy, mining, train = config.data, config.hierarchy, config.mining, config.train
     per_cluster = mining.pictures_per_cluster * mining.num_views
@@ -442,10 +445,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"train.global_batch_size={train.global_batch_size} holds a single cluster of {per_cluster}; the loss "
             f"compares clusters, so take at least {2 * per_cluster}."
         )
-    # The environment says how many ranks there will be before there is a process group.
-    world_size = place().world_size
-    if train.global_batch_size % world_size:
-        yield f"train.global_batch_size={train.global_batch_size} must be a multiple of the {world_size} ranks."
+    if train.global_batch_size % num_ranks:
+        yield f"train.global_batch_size={train.global_batch_size} must be a multiple of the {num_ranks} ranks."
     if data.dataset != "glyphs" and data.root is None:
         what = "file with the list" if data.dataset == "list" else "folder"
         yield f"data.root is missing: give the {what} of data.dataset={data.dataset}, as in data.root=/path/to/it."
