@@ -1,7 +1,9 @@
 """What a page holds, against independent ways to find it."""
 
+import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from pages import NASTY, explore, read_page
 from PIL import Image, ImageOps
 from sklearn.metrics import adjusted_rand_score
 
+from uhml import cli
 from uhml.data.verify import list_pictures
 from uhml.embedding import embed_share
 from uhml.hierarchy import Dendrogram
@@ -70,6 +73,21 @@ def test_neighbors_and_radius(page, points):
     np.testing.assert_allclose(np.take_along_axis(expected, neighbors, 1), distances, rtol=1e-4)
     np.testing.assert_allclose(np.sort(expected, 1)[:, :12], distances, rtol=1e-4)
     np.testing.assert_allclose(page.arrays["radius"], ball_distances(points, np.zeros((1, 16)))[:, 0], rtol=1e-4)
+
+
+def test_neighbors_are_those_of_uhml_search(page, pictures, order, labelled_run, tmp_path, capsys):
+    run = shutil.copytree(labelled_run, tmp_path / "run")
+    shown = [0, 70, 159]
+    queries = [pictures.paths[order[picture]] for picture in shown]
+    assert cli.main(["search", str(run), "--query", *queries, "--top", "12", "--json"]) == 0
+    for picture, answer in zip(shown, json.loads(capsys.readouterr().out)["queries"], strict=True):
+        found = answer["neighbors"]
+        assert [item["path"] for item in found] == [
+            pictures.paths[order[other]] for other in page.arrays["neighbors"][picture]
+        ]
+        np.testing.assert_allclose(
+            [item["distance"] for item in found], page.arrays["distances"][picture], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_levels_are_nested_cuts_of_the_saved_trees(page, labelled_run, order):

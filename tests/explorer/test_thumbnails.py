@@ -27,7 +27,7 @@ def test_the_best_look_that_fits_and_it_does_fit(noisy):
         chosen = choose_look(noisy, max(budget, int(1.2 * taken[look])))
         assert taken[chosen] <= max(budget, int(1.2 * taken[look]))
         assert chosen in (look, better)
-    with pytest.raises(UserError, match="150 pictures are too many for one page: add --max-pictures"):
+    with pytest.raises(UserError, match="150 pictures are too many for one page: lower --max-pictures"):
         choose_look(noisy, taken[LOOKS[-1]] // 2)
 
 

@@ -9,7 +9,7 @@ from uhml.commands.options import add_network_arguments, check_out, opened
 from uhml.embedding import embed_share
 from uhml.errors import UserError
 from uhml.explorer.page import write_page
-from uhml.explorer.serve import serve
+from uhml.explorer.serve import serve, server
 from uhml.explorer.sources import FEWEST, find_source
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,9 @@ def run(args: argparse.Namespace) -> None:
             check_out(out, "--out", (".html", ".htm"), args.overwrite)
             if args.max_pictures < FEWEST:
                 raise UserError(f"--max-pictures {args.max_pictures} is too few to explore: {FEWEST} at least.")
+            if args.serve is not None:
+                # A port that is taken is told now.
+                server(out, args.serve).server_close()
 
         distributed.on_main(check)
         source = find_source(trained, args.part, args.images)

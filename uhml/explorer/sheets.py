@@ -48,8 +48,7 @@ def choose_look(paths: Sequence[str], num_bytes: int) -> Look:
         estimate = len(_sheet(images, look)) / len(sample) * len(paths) * MARGIN
         if estimate <= num_bytes:
             return look
-    fits = int(len(paths) * num_bytes / estimate / 1000) * 1000
-    raise UserError(f"{len(paths):,} pictures are too many for one page: add --max-pictures {fits}.")
+    raise UserError(f"{len(paths):,} pictures are too many for one page: lower --max-pictures.")
 
 
 def sheets(paths: Sequence[str], look: Look, num_workers: int) -> list[bytes]:

@@ -76,7 +76,7 @@ def _saved_trees(trained: Trained, splits: Splits) -> dict[int, Dendrogram]:
             "The pictures are not those that the run was trained on, so the tree is made anew and has no history."
         )
         return {}
-    chosen = [paths[round(i * (len(paths) - 1) / (STEPS_SHOWN - 1))] for i in range(STEPS_SHOWN)]
+    chosen = {paths[round(i * (len(paths) - 1) / (STEPS_SHOWN - 1))] for i in range(STEPS_SHOWN)}
     return {_step(path): Dendrogram.load(path) for path in chosen}
 
 
