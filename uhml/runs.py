@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -116,17 +116,13 @@ def spread(group: Sequence[RunRecord], score: str) -> Spread | None:
 def _read_settings(path: Path) -> dict[str, Any]:
     # Not as strictly as a config that is to be used: an older run may have had other keys.
     try:
-        config = OmegaConf.load(path)
+        sections = OmegaConf.to_container(OmegaConf.load(path))
     except (OmegaConfBaseException, YAMLError) as e:
         raise UserError(f"{path} is damaged: {' '.join(str(e).split())}") from e
-    if not isinstance(config, DictConfig) or not all(isinstance(section, DictConfig) for section in config.values()):
+    if not isinstance(sections, dict) or not all(isinstance(keys, dict) for keys in sections.values()):
         raise UserError(f"{path} is no config of a run.")
-    return {
-        f"{section}.{key}": OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        for section, keys in config.items()
-        for key, value in keys.items()
-        if f"{section}.{key}" not in FREE_TO_CHANGE
-    }
+    settings = {f"{section!s}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    return {key: value for key, value in settings.items() if key not in FREE_TO_CHANGE}
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
