@@ -13,9 +13,9 @@ from torch import Tensor
 
 from uhml.errors import UserError
 from uhml.hierarchy import quality
-from uhml.hierarchy.dendrogram import Dendrogram
 from uhml.hierarchy.geometry import GEOMETRIES, Geometry
 from uhml.hierarchy.linkage import EXACT_SEARCH_UP_TO, MIN_RECALL, MODES, average_linkage
+from uhml.hierarchy.plot import draw_top
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,6 @@ examples:
   uhml cluster embeddings.npy --mode exact --out tree.npz --labels labels.npy
 """
 
-PLOTTED_CLUSTERS = 50
 PLOT_SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
 
 
@@ -119,7 +118,8 @@ def run(args: argparse.Namespace) -> None:
         with open(args.levels, "wb") as file:
             np.save(file, levels.numpy())
     if args.plot:
-        plot(tree, args.plot, f"{args.mode}, {args.geometry}, {tree.num_points} points")
+        title = f"{args.mode}, {args.geometry}, {tree.num_points:,} points"
+        draw_top(tree, title, [int(clusters.max()) + 1 for clusters in levels]).savefig(args.plot)
     geometry = Geometry(args.geometry, args.curvature)
     Console().print(summary(levels, geometry.points(rows.to(device)), geometry, labels))
 
@@ -145,24 +145,6 @@ def summary(levels: Tensor, points: Tensor, geometry: Geometry, labels: np.ndarr
             row += [f"{score:.3f}" for score in quality.agreement(clusters, labels)]
         table.add_row(*row)
     return table
-
-
-def plot(tree: Dendrogram, path: Path, title: str) -> None:
-    """Draw the top of the tree, down to PLOTTED_CLUSTERS clusters, each with its number of points."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    import matplotlib.pyplot as plt
-    from scipy.cluster.hierarchy import dendrogram
-
-    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
-    if tree.num_points > 1:
-        # scipy walks the whole tree recursively, so it is given the top alone, with clusters as its leaves.
-        top, sizes = tree.top(PLOTTED_CLUSTERS)
-        dendrogram(top, ax=axes, labels=[f"{size:,}" for size in sizes], leaf_rotation=90, leaf_font_size=8)
-    axes.set(title=title, ylabel="height of merge", xlabel="points in cluster")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _load(path: Path) -> np.ndarray:
