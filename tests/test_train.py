@@ -125,6 +125,10 @@ def test_run_leaves_exactly_these_files(finished, shapes, config):
         "hierarchies/step-00000002.npz",
         "hierarchies/step-00000004.npz",
         "logs/rank0.log",
+        "tensorboard/projector_config.pbtxt",
+        "tensorboard/00004/embedding/metadata.tsv",
+        "tensorboard/00004/embedding/sprite.png",
+        "tensorboard/00004/embedding/tensors.tsv",
     }
     saved = result(finished)
     assert (saved["steps"], saved["world_size"]) == (4, 1)
@@ -212,7 +216,8 @@ def test_unlabelled_folder_is_trained_and_not_scored(shapes, config, tmp_path, c
     flat = tmp_path / "flat"
     flat.mkdir()
     for i, path in enumerate(sorted(shapes.rglob("*.png"))):
-        (flat / f"{i}.png").write_bytes(path.read_bytes())
+        # On the disk a name is any bytes, not only letters of UTF-8.
+        (flat / (f"{i}\udcff\n<b>.png" if i % 9 == 0 else f"{i}.png")).write_bytes(path.read_bytes())
     assert run(config, flat, tmp_path / "run") == 0
     assert result(tmp_path / "run")["trained"] is None
     assert "nothing to score" in caplog.text

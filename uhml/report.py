@@ -5,30 +5,32 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import ImageOps
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.transforms.v2.functional import pil_to_tensor
-from torchvision.utils import make_grid
 
-from uhml import distributed
-from uhml.data.decode import load_rgb
+from uhml import distributed, hyperparameters
+from uhml.config import Config
 from uhml.data.pictures import Pictures
 from uhml.errors import UserError
+from uhml.figures import draw_batch, draw_clusters
 from uhml.files import write_whole
+from uhml.hierarchy import Dendrogram
+from uhml.hierarchy.plot import draw_top
 from uhml.metrics import Scores
 
 logger = logging.getLogger(__name__)
 
-SHEET_CLUSTERS, SHEET_PICTURES, THUMBNAIL = 10, 12, 64
+TENSORBOARD = "tensorboard"
+RECORDS = ("metrics.jsonl", f"{TENSORBOARD}/events.*")
 
 
 class Reporter:
@@ -36,20 +38,36 @@ class Reporter:
 
     Args:
         run_dir: gets ``metrics.jsonl``, ``tensorboard/`` and ``result.json``.
+        config: of the run, for the table of hyper-parameters.
         saved: the checkpoint that the run goes on from, if it does; what was recorded later comes again.
     """
 
-    def __init__(self, run_dir: Path, saved: dict[str, Any] | None = None) -> None:
+    def __init__(self, run_dir: Path, config: Config, saved: dict[str, Any] | None = None) -> None:
         self.run_dir = run_dir
-        purge_step, metrics_size = (None, 0) if saved is None else (saved["step"] + 1, saved["metrics_size"])
         self.active = distributed.is_main()
         if self.active:
+            if saved is not None:
+                self._forget_later(saved["recorded"])
             self.metrics = (run_dir / "metrics.jsonl").open("a", buffering=1)
-            if self.metrics.tell() < metrics_size:
-                logger.warning("%s is shorter than it was: lines are lost.", self.metrics.name)
+            # Tells a TensorBoard that has read what is forgotten.
+            purge_step = None if saved is None else saved["step"] + 1
+            self.tensorboard = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=purge_step)
+            if saved is None:
+                for summary in hyperparameters.summaries(config):
+                    self.tensorboard.file_writer.add_summary(summary, 0)  # type: ignore[attr-defined]
+
+    def _forget_later(self, recorded: dict[str, int]) -> None:
+        for path in self._records():
+            size = recorded.get(str(path.relative_to(self.run_dir)))
+            if size is None:
+                path.unlink()
+            elif path.stat().st_size < size:
+                logger.warning("%s is shorter than it was: something is lost.", path)
             else:
-                self.metrics.truncate(metrics_size)
-            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+                os.truncate(path, size)
+
+    def _records(self) -> list[Path]:
+        return [path for pattern in RECORDS for path in self.run_dir.glob(pattern)]
 
     def __enter__(self) -> "Reporter":
         return self
@@ -61,14 +79,14 @@ class Reporter:
                 self.metrics.close()
                 self.tensorboard.close()
 
-    def settle(self) -> int:
-        """Force all that is recorded to the disk and return the bytes of ``metrics.jsonl``."""
+    def settle(self) -> dict[str, int]:
+        """Force all that is recorded to the disk and return the files and their bytes: what a checkpoint is to keep."""
         if not self.active:
-            return 0
+            return {}
         with self._told():
             self.tensorboard.flush()
             os.fsync(self.metrics.fileno())
-        return self.metrics.tell()
+            return {str(path.relative_to(self.run_dir)): path.stat().st_size for path in self._records()}
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -95,29 +113,76 @@ class Reporter:
             recall = {f"recall_at_{k}": value for k, value in found.recall_at_k.items()}
             self.scalars(f"unseen_{name}", step, {**recall, "map_at_r": found.map_at_r, "nmi": found.nmi})
 
-    def hierarchy(self, step: int, levels: NDArray[np.int32], pictures: Pictures) -> None:
-        """Record the sizes of the clusters on each level, and a sheet of some of them as pictures.
+    def hierarchy(
+        self, step: int, tree: Dendrogram, levels: NDArray[np.int32], pictures: Pictures, batch: NDArray[np.int64]
+    ) -> None:
+        """Record the tree and the sizes of the clusters on each level, and show some of them as pictures.
 
         Args:
             step: of the re-clustering.
+            tree: that was found.
             levels: ``[K, n]``, finest first.
             pictures: the n training pictures.
+            batch: ``[P, M]``, the pictures of the batch of this step, a row for each of its clusters.
         """
         if not self.active:
             return
         summary: list[str] = []
         figures: dict[str, float] = {}
-        for k, level in enumerate(levels, start=1):
-            sizes = np.bincount(level)
-            sizes = sizes[sizes > 0]
-            figures[f"level{k}_clusters"] = len(sizes)
-            figures[f"level{k}_largest"] = int(sizes.max())
-            figures[f"level{k}_singletons"] = int((sizes == 1).sum())
-            self.tensorboard.add_histogram(f"cluster_sizes/level{k}", sizes, step)
-            self.tensorboard.add_image(f"clusters/level{k}", _sheet(level, pictures), step)
-            summary.append(f"{len(sizes)} clusters (largest {sizes.max()})")
+        cuts = [int(level.max()) + 1 for level in levels]
+        tops = draw_top(tree, f"Step {step}: the top of the tree of {tree.num_points:,} pictures", cuts)
+        batches = draw_batch(batch, levels, pictures, f"Step {step}: clusters of a batch of {batch.size:,} pictures")
+        with self._told():
+            for k, level in enumerate(levels, start=1):
+                sizes = np.bincount(level)
+                figures[f"level{k}_clusters"] = len(sizes)
+                figures[f"level{k}_largest"] = int(sizes.max())
+                figures[f"level{k}_singletons"] = int((sizes == 1).sum())
+                self.tensorboard.add_histogram(f"cluster_sizes/level{k}", sizes, step)
+                self.tensorboard.add_image(f"clusters/level{k}", draw_clusters(level, pictures), step)
+                summary.append(f"{len(sizes)} clusters (largest {sizes.max()})")
+            self.tensorboard.add_figure("hierarchy/tree", tops, step)
+            self.tensorboard.add_figure("hierarchy/batch", batches, step)
         self.scalars("hierarchy", step, figures)
         logger.info("step %d: hierarchy of %d pictures: %s", step, levels.shape[1], ", ".join(summary))
+
+    def distances(self, step: int, distances: Tensor, similarity: Tensor, num_levels: int) -> None:
+        """Record how far apart pairs of a batch are, by the finest level on which they share a cluster.
+
+        Args:
+            step: of the batch.
+            distances: of pairs.
+            similarity: of the same pairs, as :func:`uhml.loss.similarity_levels` counts it; others are left out.
+            num_levels: K.
+        """
+        if not self.active:
+            return
+        names = ["apart", *(f"level{k}" for k in range(num_levels, 0, -1)), "views_of_one_picture"]
+        with self._told():
+            for s, name in enumerate(names):
+                if len(chosen := distances[similarity == s]):
+                    self.tensorboard.add_histogram(f"distances/{name}", chosen, step)
+
+    def embedding(
+        self, step: int, points: Tensor, columns: Sequence[str], rows: Sequence[Sequence[str]], images: Tensor
+    ) -> None:
+        """Show pictures in TensorBoard's projector.
+
+        Args:
+            step: of the embedding.
+            points: ``[n, d]``.
+            columns: names of what is said of each picture.
+            rows: of each picture, n of them; without tabs and line ends.
+            images: ``[n, 3, h, w]`` uint8, h = w.
+        """
+        if not self.active:
+            return
+        # What a launch has left that was killed before the run was finished.
+        shutil.rmtree(self.run_dir / TENSORBOARD / f"{step:05d}", ignore_errors=True)
+        with self._told():
+            self.tensorboard.add_embedding(
+                points, [list(row) for row in rows], images.float() / 255, step, "embedding", list(columns)
+            )
 
     def finish(
         self, before: dict[str, Scores] | None, after: dict[str, Scores] | None, num_steps: int, seconds: float
@@ -154,26 +219,6 @@ class Reporter:
                 logger.info("No classes are known for these pictures, so there is nothing to score.")
         logger.info("The run is in %s; tensorboard --logdir %s shows it.", self.run_dir, self.run_dir)
         return result
-
-
-def _sheet(level: NDArray[np.int32], pictures: Pictures) -> torch.Tensor:
-    """Draw one row per cluster: clusters of all sizes from the largest down, pictures from all over each."""
-    ids, sizes = np.unique(level, return_counts=True)
-    by_size = ids[np.argsort(-sizes, kind="stable")]
-    by_size = by_size[: max(1, int((sizes > 1).sum()))]
-    chosen = by_size[np.unique(np.linspace(0, len(by_size) - 1, SHEET_CLUSTERS).astype(int))]
-    blank = torch.full((3, THUMBNAIL, THUMBNAIL), 255, dtype=torch.uint8)
-    tiles = []
-    for cluster in chosen:
-        members = np.flatnonzero(level == cluster)
-        members = members[np.unique(np.linspace(0, len(members) - 1, SHEET_PICTURES).astype(int))]
-        # Square tiles, the whole picture in each.
-        row = [
-            pil_to_tensor(ImageOps.pad(load_rgb(pictures.paths[i]), (THUMBNAIL, THUMBNAIL), color="white"))
-            for i in members
-        ]
-        tiles += row + [blank] * (SHEET_PICTURES - len(row))
-    return make_grid(tiles, nrow=SHEET_PICTURES, padding=2, pad_value=200)
 
 
 def _plain(scores: dict[str, Scores]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from uhml.mining import ClusterBatches
 from uhml.model import Embedder, FeatureMoments, build_embedder
 from uhml.not_finite import refuse_step
 from uhml.progress import progress
+from uhml.projector import project
 from uhml.random_state import random_state, seed_generators
 from uhml.report import Reporter
 from uhml.run_dir import HIERARCHIES, OpenRun, open_run_dir
@@ -69,7 +70,7 @@ def train(config: Config, run_dir: Path, overwrite: bool = False, allow_change: 
             splits = readable_pictures(listed, config.data)
             saved = None if run.checkpoint is None else read_state(run.checkpoint)
             state = TrainingState(build_model(config, saved is None).to(device).eval(), splits, config)
-            with Reporter(run_dir, saved) as report:
+            with Reporter(run_dir, config, saved) as report:
                 try:
                     if saved is None:
                         run.status.phase("embed")
@@ -122,9 +123,11 @@ def learn(state: TrainingState, splits: Splits, config: Config, run: OpenRun, re
             for _ in itertools.islice(steps, until - state.step):
                 # Here all ranks agree to go on; an error or a signal on any of them ends all.
                 images, pictures = next_together(batches)
-                figures = train_step(parallel, images, pictures, state, loss_function, config, run.folder)
+                figures, pairs = train_step(parallel, images, pictures, state, loss_function, config, run.folder)
                 if state.step in (1, num_steps) or state.step % config.train.log_every == 0:
                     report.scalars("train", state.step, {key: float(value) for key, value in figures.items()})
+                if state.step % every == 1 % every:
+                    report.distances(state.step, *pairs, len(config.hierarchy.cuts))
                 if state.step % config.train.checkpoint_every == 0:
                     save(state, run, report)
                 run.status.step(state.step)
@@ -132,6 +135,7 @@ def learn(state: TrainingState, splits: Splits, config: Config, run: OpenRun, re
     save(state, run, report)
     discover_hierarchy(state, splits.train, config, run, report)
     after = score_now(state, splits, config, run, report)
+    project(state.model, splits, state.step, config, report)
     return report.finish(state.before, after, num_steps, state.seconds)
 
 
@@ -221,7 +225,8 @@ def discover_hierarchy(
         assert tree is not None, "rank 0 has the tree"
         tree.save(run.folder / HIERARCHIES / f"step-{state.step:08d}.npz")
         levels = tree.cut(**{options.cut_by: options.cuts})  # type: ignore[arg-type]
-        report.hierarchy(state.step, levels.numpy(), pictures)
+        batch = clusters_to_learn(levels, config)(state.step).reshape(-1, config.mining.pictures_per_cluster)
+        report.hierarchy(state.step, tree, levels.numpy(), pictures, batch)
         return levels
 
     levels = distributed.broadcast_from_main(distributed.on_main(cut), state.model.device)
@@ -231,19 +236,22 @@ def discover_hierarchy(
 def cluster_batches(state: TrainingState, pictures: Pictures, config: Config, until: int) -> Loader:
     """Return the loader of this rank's part of the batches from this step until another."""
     assert state.levels is not None
-    mining, options = config.mining, config.train
-    levels = state.levels.cpu().numpy()
-    batch_of_step = ClusterBatches(levels, config.clusters_per_batch, mining.pictures_per_cluster, options.seed)
     backbone = state.model.backbone
     return training_batches(
         pictures,
         training_transform(config.data, backbone.mean, backbone.std),
-        batch_of_step,
+        clusters_to_learn(state.levels, config),
         range(state.step, until),
-        num_views=mining.num_views,
-        seed=options.seed,
+        num_views=config.mining.num_views,
+        seed=config.train.seed,
         num_workers=config.data.num_workers,
     )
+
+
+def clusters_to_learn(levels: Tensor, config: Config) -> ClusterBatches:
+    """Return the batch of each step, as indices of pictures."""
+    per_cluster, seed = config.mining.pictures_per_cluster, config.train.seed
+    return ClusterBatches(levels.cpu().numpy(), config.clusters_per_batch, per_cluster, seed)
 
 
 def train_step(
@@ -254,7 +262,7 @@ def train_step(
     loss_function: HierarchicalLogRatioLoss,
     config: Config,
     run_dir: Path,
-) -> dict[str, Tensor | float]:
+) -> tuple[dict[str, Tensor | float], tuple[Tensor, Tensor]]:
     """Take one step on the global batch, of which this rank brings ``b`` of ``B`` rows. A collective.
 
     Args:
@@ -267,7 +275,8 @@ def train_step(
         run_dir: where to leave what reproduces a step that fails.
 
     Returns:
-        Figures to log, of the global batch.
+        Figures to log, of the global batch; and of all pairs of this rank's rows ``[b]`` with the batch's ``[B]`` the
+        distance and the similarity level, -1 for a row with itself.
 
     Raises:
         UserError: loss or gradient is not finite; the state is as it was.
@@ -302,10 +311,11 @@ def train_step(
     state.step += 1
 
     radius = poincare.tangent_norm(all_points.detach(), config.model.curvature)
-    return {
+    figures = {
         "loss": loss,
         "learning_rate": learning_rate,
         "gradient_norm": gradient_norm,
         "mean_norm": radius.mean(),
         "share_at_clip": (radius > 0.999 * config.model.clip_radius).float().mean(),
     }
+    return figures, (distances.detach(), similarity.masked_fill(is_self, -1))

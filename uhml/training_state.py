@@ -67,21 +67,21 @@ class TrainingState:
         """How long the run has taken so far, over all its launches, without what was lost."""
         return self._seconds_before + time.monotonic() - self._started
 
-    def save(self, run_dir: Path, settle_metrics: Callable[[], int]) -> None:
+    def save(self, run_dir: Path, settle: Callable[[], dict[str, int]]) -> None:
         """Write a checkpoint. A collective, which no signal interrupts.
 
         Args:
             run_dir: the folder of the run.
-            settle_metrics: forces ``metrics.jsonl`` to the disk and returns its size in bytes; called on rank 0.
+            settle: forces what is recorded to the disk and returns its files and their bytes; called on rank 0.
 
         Raises:
             UserError: the file cannot be written.
         """
         random_states = distributed.gather_objects(random_state())
-        distributed.on_main(lambda: self._write(run_dir, settle_metrics(), random_states), interruptible=False)
+        distributed.on_main(lambda: self._write(run_dir, settle(), random_states), interruptible=False)
         self.saved = self.step
 
-    def _write(self, run_dir: Path, metrics_size: int, random_states: list[dict[str, Any]]) -> None:
+    def _write(self, run_dir: Path, recorded: dict[str, int], random_states: list[dict[str, Any]]) -> None:
         state = {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -91,7 +91,7 @@ class TrainingState:
             "tree": None if self.tree is None else torch.from_numpy(self.tree.to_scipy()),
             "before": None if self.before is None else {k: dataclasses.asdict(v) for k, v in self.before.items()},
             "best": self.best,
-            "metrics_size": metrics_size,
+            "recorded": recorded,
             "seconds": self.seconds,
             "random_states": random_states,
             "pictures": self._pictures,
@@ -162,7 +162,7 @@ def fingerprint(splits: Splits) -> list[tuple[int, str]]:
     ]
     root = os.path.commonpath([path for paths in parts for path in paths])
     return [
-        (len(paths), hashlib.sha256("\n".join(path[len(root) :] for path in paths).encode()).hexdigest())
+        (len(paths), hashlib.sha256(os.fsencode("\n".join(path[len(root) :] for path in paths))).hexdigest())
         for paths in parts
     ]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from ranks import CONTEXT
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from timm.models import is_model, register_model
 from torch import nn
 from torch.distributed import TCPStore  # noqa: TID251 (the part that torchrun's agent plays)
@@ -152,11 +153,19 @@ def checkpoints(run_dir):
     return sorted(int(path.stem[5:]) for path in (run_dir / "checkpoints").glob("step-*.pt"))
 
 
+def events(run_dir):
+    """What TensorBoard is told, and of which step, as it stands in the files: nothing twice, nothing missing."""
+    paths = sorted((run_dir / "tensorboard").glob("events.*"), key=lambda path: path.stat().st_mtime)
+    loaded = [event for path in paths for event in EventFileLoader(str(path)).Load()]
+    return [(event.step, value.tag) for event in loaded for value in event.summary.value]
+
+
 def assert_same(run_dir, whole):
     """The run ended as the unbroken one did: all it has to keep, every line it recorded, every score, to the bit."""
     assert read_status(run_dir).state == "finished"
     for name in ("metrics.jsonl", "config.yaml"):
         assert (run_dir / name).read_text() == (whole / name).read_text()
+    assert events(run_dir) == events(whole)
     results = [json.loads((path / "result.json").read_text()) for path in (run_dir, whole)]
     assert {**results[0], "seconds": 0} == {**results[1], "seconds": 0}
     name = f"checkpoints/step-{NUM_STEPS:08d}.pt"
