@@ -121,6 +121,8 @@ def test_the_tree_opens_down_to_a_leaf(page, contents):
         cluster = shown[0]
         cards[0].find_element(By.CSS_SELECTOR, "button.title").click()
         page.wait_for_state(f"level={cluster[0]}")
+        # Cells come when they are in view.
+        page.wait(lambda: page.find("#tree button.thumb"))
         depth += 1
     assert depth == len(levels)
     members = set(np.flatnonzero(levels[cluster[0]] == cluster[1]))
@@ -172,6 +174,7 @@ def test_thumbnails_show_their_pictures(page, contents):
 def test_the_disk_pans_by_moebius_transformations(page, contents):
     page.find("#view-disk")[0].click()
     middle = page.canvas_middle()
+    page.wait(lambda: page.run("disk.width") == 2 * middle[0])
     radius = 0.47 * 2 * middle.min()
     disk = contents.arrays["disk"].astype(float) @ [1, 1j]
     some = np.linspace(0, len(disk) - 1, 40).astype(int)
@@ -269,7 +272,8 @@ def test_every_colour_and_every_step(page, contents):
         page.find("#step")[0].send_keys(Keys.HOME)
         page.wait_for_state("step=0")
         sizes = np.bincount(contents.arrays["levels-0"][0])
-        said = [int(found.text.split()[0].replace(",", "")) for found in page.find("#tree > * .card .size")]
+        shown = page.wait(lambda: page.find("#tree .card .size"))
+        said = [int(found.text.split()[0].replace(",", "")) for found in shown]
         assert said == [size for size in sizes.tolist() if size > 1][: len(said)]
         assert said
 
