@@ -11,7 +11,7 @@ from launch import slurm
 from launch.record import JobRecord, read_record
 from launch.status import existing_run, members
 from uhml.errors import UserError
-from uhml.status import read_status
+from uhml.run.status import read_status
 
 logger = logging.getLogger("uhml.launch")
 

@@ -13,11 +13,12 @@ from submitit import JobEnvironment
 from submitit.helpers import Checkpointable, TorchDistributedEnvironment
 
 from launch import slurm, snapshot
-from uhml import interruption, logs
+from uhml import logs
 from uhml.config import load_config
 from uhml.errors import UserError
-from uhml.interruption import Preempted
-from uhml.status import read_status
+from uhml.run import interruption
+from uhml.run.interruption import Preempted
+from uhml.run.status import read_status
 
 logger = logging.getLogger("uhml.launch")
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from launch import slurm
 from launch.record import JobRecord, read_record
-from uhml.status import RunStatus, read_status
+from uhml.run.status import RunStatus, read_status
 
 State = Literal[
     "queued", "starting", "running", "stopping", "requeued", "preempted", "cancelled", "finished", "failed", "lost"

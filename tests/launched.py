@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from uhml.status import RunStatus, read_status
+from uhml.run.status import RunStatus, read_status
 
 CONFIG = """\
 data: {num_classes: 12, image_size: 32, fit: squash, num_workers: 0}

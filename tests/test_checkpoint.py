@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from uhml import checkpoint
-from uhml.checkpoint import DamagedFile, keep_best, load_weights, newest_checkpoint, read_file, save_checkpoint
 from uhml.config import OptimConfig
 from uhml.errors import UserError
 from uhml.model import Embedder, HyperbolicHead
 from uhml.optim import build_optimizer, build_schedule
+from uhml.run import checkpoint
+from uhml.run.checkpoint import DamagedFile, keep_best, load_weights, newest_checkpoint, read_file, save_checkpoint
 
 
 def network(num_features=3):

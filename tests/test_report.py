@@ -10,13 +10,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from uhml import figures, projector
 from uhml.config import Config, TrainConfig
 from uhml.data.pictures import Pictures, Splits
-from uhml.figures import draw_batch, draw_clusters, evenly
 from uhml.hierarchy import average_linkage
 from uhml.hierarchy.plot import SHOWN_CLUSTERS, draw_top
-from uhml.report import Reporter
+from uhml.reporting import figures, projector
+from uhml.reporting.figures import draw_batch, draw_clusters, evenly
+from uhml.reporting.report import Reporter
 
 LEVELS = np.array([[0, 0, 1, 1, 2, 2, 3, 3, 4], [0, 0, 0, 0, 1, 1, 1, 1, 2]], np.int32)
 

@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
-from uhml.checkpoint import save_checkpoint
 from uhml.config import Config, TrainConfig, load_config
 from uhml.errors import UserError
-from uhml.interruption import Preempted
-from uhml.run_dir import CONTENTS, open_run_dir
-from uhml.status import read_status
+from uhml.run.checkpoint import save_checkpoint
+from uhml.run.interruption import Preempted
+from uhml.run.run_dir import CONTENTS, open_run_dir
+from uhml.run.status import read_status
 
 
 def refusal(*args, **options):
@@ -132,9 +132,8 @@ def test_a_users_mistake_before_the_first_checkpoint_leaves_no_folder(tmp_path):
 
 
 def test_a_second_launch_is_refused_and_told_where_the_first_is(tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from uhml.config import Config; from uhml.run_dir import open_run_dir\n"
-    )
+    code = "import sys; from pathlib import Path; from uhml.config import Config\n"
+    code += "from uhml.run.run_dir import open_run_dir\n"
     code += "with open_run_dir(Path(sys.argv[1]), Config()): print('in', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:

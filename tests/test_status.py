@@ -5,9 +5,9 @@ import socket
 
 import pytest
 
-from uhml import status
-from uhml.interruption import Preempted
-from uhml.status import StatusReport, read_status, reported, write_status
+from uhml.run import status
+from uhml.run.interruption import Preempted
+from uhml.run.status import StatusReport, read_status, reported, write_status
 
 
 def report(folder, **options):

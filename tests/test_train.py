@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw
 
 import uhml.train
 from uhml import cli, poincare
-from uhml.checkpoint import read_file, write_file
 from uhml.config import Config, load_config, parse_dump
 from uhml.data.loading import training_batches
 from uhml.data.transforms import training_transform
@@ -25,10 +24,11 @@ from uhml.hierarchy import Dendrogram, linkage
 from uhml.hierarchy.knn import nearest_neighbors
 from uhml.loss import HierarchicalLogRatioLoss, similarity_levels
 from uhml.model import build_embedder
-from uhml.random_state import restore_random_state
-from uhml.status import read_status
+from uhml.run.checkpoint import read_file, write_file
+from uhml.run.random_state import restore_random_state
+from uhml.run.status import read_status
+from uhml.run.training_state import read_state
 from uhml.trained import load_trained
-from uhml.training_state import read_state
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NUM_CLASSES, PER_CLASS = 8, 9

@@ -22,10 +22,10 @@ import torch.distributed as dist  # noqa: TID251 (this is the one module that ma
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from uhml import interruption
 from uhml.environment import place
 from uhml.errors import RankFailed, UserError, known_everywhere
-from uhml.interruption import Preempted
+from uhml.run import interruption
+from uhml.run.interruption import Preempted
 
 T = TypeVar("T")
 

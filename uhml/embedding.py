@@ -23,7 +23,7 @@ from uhml.errors import known_everywhere
 from uhml.model import Embedder
 from uhml.progress import progress
 from uhml.trained import Trained
-from uhml.vectors import Unfinished, unfinished
+from uhml.trained.vectors import Unfinished, unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def embed_to_file(
     Args:
         trained: the network.
         pictures: the n pictures.
-        out: the file, see :mod:`uhml.vectors`. Where it is there already, it is replaced in the end.
+        out: the file, see :mod:`uhml.trained.vectors`. Where it is there already, it is replaced in the end.
         features: write the backbone's features instead of points of the ball.
         skip_corrupt: leave out pictures that cannot be read.
         overwrite: begin anew where an earlier call with other arguments has not ended.

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uhml import distributed, interruption, poincare
-from uhml.checkpoint import keep_best, load_weights
+from uhml import distributed, poincare
 from uhml.config import Config
 from uhml.data.loading import training_batches
 from uhml.data.pictures import Pictures, Splits
@@ -24,18 +23,20 @@ from uhml.embedding import embed_share
 from uhml.errors import UserError, known_everywhere
 from uhml.evaluate import score_unseen
 from uhml.hierarchy import average_linkage_over_ranks
-from uhml.interruption import Preempted
 from uhml.loss import HierarchicalLogRatioLoss, similarity_levels
 from uhml.metrics import Scores
 from uhml.mining import ClusterBatches
 from uhml.model import Embedder, FeatureMoments, build_embedder
-from uhml.not_finite import refuse_step
 from uhml.progress import progress
-from uhml.projector import project
-from uhml.random_state import random_state, seed_generators
-from uhml.report import Reporter
-from uhml.run_dir import HIERARCHIES, OpenRun, open_run_dir
-from uhml.training_state import TrainingState, read_state
+from uhml.reporting.projector import project
+from uhml.reporting.report import Reporter
+from uhml.run import interruption
+from uhml.run.checkpoint import keep_best, load_weights
+from uhml.run.interruption import Preempted
+from uhml.run.not_finite import refuse_step
+from uhml.run.random_state import random_state, seed_generators
+from uhml.run.run_dir import HIERARCHIES, OpenRun, open_run_dir
+from uhml.run.training_state import TrainingState, read_state
 
 logger = logging.getLogger(__name__)
 

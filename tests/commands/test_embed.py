@@ -19,7 +19,7 @@ from uhml.data.decode import load_rgb
 from uhml.data.images import list_images
 from uhml.data.transforms import plain_transform
 from uhml.trained import load_trained
-from uhml.vectors import read_vectors
+from uhml.trained.vectors import read_vectors
 
 EMBED = ("eval.batch_size=4", "data.num_workers=0")
 
@@ -86,7 +86,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_result(finished_run, shapes
     partial = tmp_path / "killed.npy.unfinished"
     # A state after every round, so that something is kept of a few hundred pictures.
     patched = (
-        "import sys, uhml.vectors, uhml.cli; uhml.vectors.SECONDS_BETWEEN_STATES = 0; "
+        "import sys, uhml.trained.vectors, uhml.cli; uhml.trained.vectors.SECONDS_BETWEEN_STATES = 0; "
         f"sys.exit(uhml.cli.main({going[3:]!r}))"
     )
     seen = []

@@ -12,13 +12,13 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from uhml import cli
-from uhml.confusion import MATRIX_UP_TO, matrix
 from uhml.data.decode import load_rgb
 from uhml.data.transforms import plain_transform
 from uhml.data.verify import list_pictures
 from uhml.evaluate import by_class, confusions
 from uhml.poincare import distance_matrix
-from uhml.sheets import RIGHT, TILE, WRONG, Answer, Tile, draw_sheet
+from uhml.reporting.confusion import MATRIX_UP_TO, matrix
+from uhml.reporting.sheets import RIGHT, TILE, WRONG, Answer, Tile, draw_sheet
 from uhml.trained import load_trained
 
 

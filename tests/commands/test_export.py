@@ -12,14 +12,14 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors import safe_open
 
-from uhml import card, cli, export
-from uhml.checkpoint import load_weights, save_checkpoint
+from uhml import cli
 from uhml.config import dump_config, parse_config
 from uhml.data.decode import load_rgb
 from uhml.data.transforms import plain_transform
 from uhml.errors import UserError
 from uhml.model import build_embedder
-from uhml.trained import load_trained
+from uhml.run.checkpoint import load_weights, save_checkpoint
+from uhml.trained import card, export, load_trained
 
 
 @pytest.fixture

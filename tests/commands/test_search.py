@@ -16,7 +16,7 @@ from uhml.data.transforms import plain_transform
 from uhml.data.verify import list_pictures
 from uhml.poincare import distance_matrix
 from uhml.trained import load_trained
-from uhml.vectors import read_vectors
+from uhml.trained.vectors import read_vectors
 
 
 def search(*words):

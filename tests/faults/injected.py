@@ -175,7 +175,7 @@ class FullDiskInSave:
     save: int
 
     def __call__(self):
-        true, calls = uhml.checkpoint.write_file, []
+        true, calls = uhml.run.checkpoint.write_file, []
 
         def write_file(*args):
             calls.append(1)
@@ -186,7 +186,7 @@ class FullDiskInSave:
             finally:
                 _limit_files(resource.RLIM_INFINITY)
 
-        uhml.checkpoint.write_file = write_file
+        uhml.run.checkpoint.write_file = write_file
 
 
 @dataclasses.dataclass
@@ -209,7 +209,7 @@ class KillInSave:
     save: int
 
     def __call__(self):
-        true_save, saving, stages = uhml.checkpoint.write_file, [0], []
+        true_save, saving, stages = uhml.run.checkpoint.write_file, [0], []
 
         def write_file(*args):
             saving[0] += 1
@@ -242,7 +242,7 @@ class KillInSave:
                 file.truncate()
             true_torch_save(state, file, **options)
 
-        uhml.checkpoint.write_file = write_file
+        uhml.run.checkpoint.write_file = write_file
         before(os, "replace")
         before(os, "fsync")
         before(os, "unlink")

@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed import TCPStore  # noqa: TID251 (the part that torchrun's agent plays)
 
 from uhml import cli
-from uhml.status import read_status
+from uhml.run.status import read_status
 
 CONFIG = """\
 data: {dataset: folder, image_size: 32, fit: squash, num_workers: 1}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from runs import checkpoints, logged
 
-from uhml.status import read_status
+from uhml.run.status import read_status
 
 pytestmark = [pytest.mark.slow, pytest.mark.ddp]
 UHML = [sys.executable, "-m", "uhml"]

@@ -27,8 +27,8 @@ from injected import (
 )
 from runs import EVERY, NUM_STEPS, Launch, assert_same, checkpoints, logged, run, seed
 
-from uhml.checkpoint import newest_checkpoint
-from uhml.status import read_status
+from uhml.run.checkpoint import newest_checkpoint
+from uhml.run.status import read_status
 
 pytestmark = [pytest.mark.slow, pytest.mark.ddp]
 KILLS = int(os.environ.get("UHML_FAULT_KILLS", "12"))

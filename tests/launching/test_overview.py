@@ -10,7 +10,7 @@ import pytest
 
 from launch import overview, slurm
 from launch.record import JobRecord, write_record
-from uhml.status import RunStatus, write_status
+from uhml.run.status import RunStatus, write_status
 
 HERE = socket.gethostname()
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from uhml.commands.options import check_out, console
 from uhml.errors import UserError
-from uhml.runs import SEED, RunRecord, Spread, differing_settings, groups_of_seeds, read_run, spread
+from uhml.reporting.runs import SEED, RunRecord, Spread, differing_settings, groups_of_seeds, read_run, spread
 
 EXAMPLES = """\
   uhml compare runs/a runs/b --out compare.png

@@ -9,7 +9,7 @@ from uhml.commands.options import add_network_arguments, check_out, opened
 from uhml.data.images import list_images
 from uhml.embedding import embed_to_file
 from uhml.errors import UserError
-from uhml.vectors import SUFFIXES, names_of, require_parquet, unfinished_folder
+from uhml.trained.vectors import SUFFIXES, names_of, require_parquet, unfinished_folder
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from uhml import distributed
 from uhml.commands.options import add_network_arguments, console, opened, run_folder
-from uhml.confusion import Pair, draw_confusion, matrix
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.verify import load_pictures
 from uhml.embedding import embed_share
@@ -24,7 +23,8 @@ from uhml.errors import UserError
 from uhml.evaluate import ClassScore, Confusion, Evaluation, Neighbors, by_class, confusions, evaluate, find_neighbors
 from uhml.files import write_whole
 from uhml.hierarchy.geometry import Geometry
-from uhml.sheets import COLUMNS, Answer, Tile, write_sheet
+from uhml.reporting.confusion import Pair, draw_confusion, matrix
+from uhml.reporting.sheets import COLUMNS, Answer, Tile, write_sheet
 from uhml.trained import Trained
 
 logger = logging.getLogger(__name__)

@@ -6,13 +6,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from uhml.card import model_card
-from uhml.checkpoint import EXPORTED
 from uhml.commands.options import run_folder
 from uhml.errors import UserError
-from uhml.export import write_onnx, write_safetensors
 from uhml.files import write_whole
+from uhml.run.checkpoint import EXPORTED
 from uhml.trained import Trained, load_trained
+from uhml.trained.card import model_card
+from uhml.trained.export import write_onnx, write_safetensors
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from yaml import YAMLError
 
-from uhml import distributed, interruption
+from uhml import distributed
 from uhml.config import Config, dump_config, parse_config
 from uhml.errors import UserError, did_you_mean, known_everywhere
+from uhml.run import interruption
 from uhml.trained import Trained, load_trained
 
 # What may differ from the run: which pictures, and how the machine is used.

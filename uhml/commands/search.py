@@ -23,12 +23,12 @@ from uhml.data.pictures import Pictures
 from uhml.data.verify import list_pictures
 from uhml.embedding import embed_share
 from uhml.errors import UserError
-from uhml.gallery import embedded_gallery
 from uhml.hierarchy.geometry import Geometry
 from uhml.hierarchy.knn import nearest_neighbors
-from uhml.sheets import Answer, Tile, write_sheet
+from uhml.reporting.sheets import Answer, Tile, write_sheet
 from uhml.trained import Trained
-from uhml.vectors import Vectors, read_vectors
+from uhml.trained.gallery import embedded_gallery
+from uhml.trained.vectors import Vectors, read_vectors
 
 logger = logging.getLogger(__name__)
 

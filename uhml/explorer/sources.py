@@ -5,16 +5,16 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from uhml.checkpoint import read_file
 from uhml.commands.options import run_folder
 from uhml.data.images import list_images
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.verify import list_pictures, readable_pictures
 from uhml.errors import UserError
 from uhml.hierarchy import Dendrogram
-from uhml.run_dir import HIERARCHIES
+from uhml.run.checkpoint import read_file
+from uhml.run.run_dir import HIERARCHIES
+from uhml.run.training_state import fingerprint
 from uhml.trained import Trained
-from uhml.training_state import fingerprint
 
 logger = logging.getLogger(__name__)
 

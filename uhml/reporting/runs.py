@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from uhml.config import FREE_TO_CHANGE
 from uhml.errors import UserError, did_you_mean
-from uhml.status import read_status
+from uhml.run.status import read_status
 
 SEED = "train.seed"
 

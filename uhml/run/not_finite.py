@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from uhml import distributed
-from uhml.checkpoint import write_file
 from uhml.config import dump_config
 from uhml.errors import UserError, known_everywhere
-from uhml.training_state import TrainingState
+from uhml.run.checkpoint import write_file
+from uhml.run.training_state import TrainingState
 
 
 def refuse_step(
@@ -33,7 +33,7 @@ def refuse_step(
         run_dir: gets the file.
         state: before the step.
         pictures: ``[B]``, of the global batch.
-        random_before: this rank's :func:`uhml.random_state.random_state` before the step.
+        random_before: this rank's :func:`uhml.run.random_state.random_state` before the step.
         losses: this rank's part of the loss, and the loss of the global batch.
         gradient_norm: of the gradient of the loss.
     """

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from uhml.checkpoint import find_checkpoint
 from uhml.config import Config, parse_dump
 from uhml.errors import UserError
 from uhml.model import Embedder, build_embedder
+from uhml.run.checkpoint import find_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

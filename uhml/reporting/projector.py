@@ -8,9 +8,9 @@ from uhml import distributed
 from uhml.config import Config
 from uhml.data.pictures import Pictures, Splits
 from uhml.embedding import embed_share
-from uhml.figures import evenly, thumbnails
 from uhml.model import Embedder
-from uhml.report import Reporter
+from uhml.reporting.figures import evenly, thumbnails
+from uhml.reporting.report import Reporter
 
 MOST = 2500
 """Pictures that are shown: as one image, of 50 x 50 thumbnails, which browsers can still draw."""

@@ -11,7 +11,7 @@ from uhml.data.pictures import Pictures
 from uhml.embedding import embed_to_file, what_rows_depend_on
 from uhml.files import write_whole
 from uhml.trained import Trained
-from uhml.vectors import Vectors, read_vectors
+from uhml.trained.vectors import Vectors, read_vectors
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 import uhml
 from uhml import distributed
-from uhml.checkpoint import DamagedFile, read_file, save_checkpoint
 from uhml.config import Config, dump_config, parse_dump
 from uhml.data.pictures import Splits
 from uhml.errors import UserError
@@ -23,7 +22,8 @@ from uhml.hierarchy import Dendrogram
 from uhml.metrics import Scores
 from uhml.model import Embedder
 from uhml.optim import build_optimizer, build_schedule
-from uhml.random_state import random_state, restore_random_state
+from uhml.run.checkpoint import DamagedFile, read_file, save_checkpoint
+from uhml.run.random_state import random_state, restore_random_state
 
 logger = logging.getLogger(__name__)
 

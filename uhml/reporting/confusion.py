@@ -10,7 +10,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from uhml.sheets import thumbnail
+from uhml.reporting.sheets import thumbnail
 
 # Rows of a matrix whose names can still be read, and up to which the numbers fit into it.
 MATRIX_UP_TO, NUMBERS_UP_TO = 40, 12

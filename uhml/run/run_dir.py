@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from uhml import distributed, logs
-from uhml.checkpoint import newest_checkpoint
 from uhml.config import Config, dump_config, load_config, refuse_changes
 from uhml.errors import UserError
 from uhml.files import write_whole
-from uhml.status import FILE as STATUS
-from uhml.status import RunStatus, StatusReport, read_status, reported
+from uhml.run.checkpoint import newest_checkpoint
+from uhml.run.status import FILE as STATUS
+from uhml.run.status import RunStatus, StatusReport, read_status, reported
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from uhml.files import write_whole
-from uhml.interruption import Preempted
+from uhml.run.interruption import Preempted
 
 FILE = "status.json"
 SECONDS_BETWEEN_WRITES = 1.0

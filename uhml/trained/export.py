@@ -1,8 +1,8 @@
 """A trained network as one file that needs no run beside it: safetensors for uhml, ONNX for any other program.
 
 Both files carry the same description as metadata, each value a text: ``config`` (YAML), ``step``, ``preprocessing``
-(JSON, see :func:`preprocessing`), ``curvature`` and the ``uhml`` version. :func:`uhml.checkpoint.find_checkpoint` reads
-the safetensors file back.
+(JSON, see :func:`preprocessing`), ``curvature`` and the ``uhml`` version.
+:func:`uhml.run.checkpoint.find_checkpoint` reads the safetensors file back.
 """
 
 import copy

@@ -87,7 +87,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def read_exported(path: Path) -> dict[str, Any]:
-    """Read what :func:`uhml.export.write_safetensors` wrote: ``model``, ``config`` and ``step``, as in a checkpoint.
+    """Read what :func:`uhml.trained.export.write_safetensors` wrote: ``model``, ``config``, ``step``, as in a run.
 
     Of another program's file, which says nothing of a run, it returns ``model`` alone.
 

@@ -9,11 +9,11 @@ from typing import Any
 import timm
 
 import uhml
-from uhml.checkpoint import EXPORTED
 from uhml.config import Config, ModelConfig, dump_config
-from uhml.export import preprocessing
 from uhml.model.backbone import TORCHVISION
+from uhml.run.checkpoint import EXPORTED
 from uhml.trained import Trained
+from uhml.trained.export import preprocessing
 
 DATASETS = {
     "glyphs": "characters drawn from the fonts of matplotlib",
@@ -76,7 +76,7 @@ def model_card(trained: Trained, file: str, result: dict[str, Any] | None, diffe
         trained: the network.
         file: the name of the exported file, "model.safetensors" or "model.onnx".
         result: what ``result.json`` of its run holds, if that is about this network.
-        difference: what :func:`uhml.export.write_onnx` returned.
+        difference: what :func:`uhml.trained.export.write_onnx` returned.
     """
     config = _without_folders(trained.config)
     model, data = config.model, config.data

@@ -17,15 +17,16 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from uhml import distributed, hyperparameters
+from uhml import distributed
 from uhml.config import Config
 from uhml.data.pictures import Pictures
 from uhml.errors import UserError
-from uhml.figures import draw_batch, draw_clusters
 from uhml.files import write_whole
 from uhml.hierarchy import Dendrogram
 from uhml.hierarchy.plot import draw_top
 from uhml.metrics import Scores
+from uhml.reporting import hyperparameters
+from uhml.reporting.figures import draw_batch, draw_clusters
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
 from uhml.data.pictures import Pictures
-from uhml.sheets import thumbnail
+from uhml.reporting.sheets import thumbnail
 
 SHEET_CLUSTERS, SHEET_PICTURES, THUMBNAIL = 10, 12, 64
 BATCH_CLUSTERS, BATCH_PICTURES = 16, 12

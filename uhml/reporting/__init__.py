@@ -1,0 +1,1 @@
+"""What people look at: metrics.jsonl, TensorBoard, tables of runs, sheets of pictures."""
