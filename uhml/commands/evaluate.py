@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from uhml import distributed
-from uhml.commands.options import add_network_arguments, console, opened, run_folder
+from uhml.commands.options import add_network_arguments, console, opened
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.verify import load_pictures
 from uhml.embedding import embed_share
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: no network or no pictures there, or an earlier evaluation is in the way.
     """
     with opened(args.run_folder, args.overrides) as trained:
-        out: Path = args.out or run_folder(trained) / "evaluation"
+        out: Path = args.out or trained.folder / "evaluation"
         distributed.on_main(lambda: _make_folder(out, args.overwrite))
         splits = load_pictures(trained.config.data)
         has_labels = splits.test is not None and splits.test.labels is not None

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from uhml.commands.options import run_folder
 from uhml.errors import UserError
 from uhml.files import write_whole
 from uhml.run.checkpoint import EXPORTED
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _result(trained: Trained) -> dict[str, Any] | None:
     """Return what ``result.json`` beside the checkpoint holds, if it is of the checkpoint's step."""
-    path = run_folder(trained) / "result.json"
+    path = trained.folder / "result.json"
     if not path.is_file():
         return None
     result = json.loads(path.read_text())

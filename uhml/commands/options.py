@@ -121,9 +121,3 @@ def check_out(path: Path, option: str, suffixes: Sequence[str], overwrite: bool)
 def console() -> Console:
     """Return where tables go. A pipe has no width of its own."""
     return Console(width=None if Console().is_terminal else 120)
-
-
-def run_folder(trained: Trained) -> Path:
-    """Return the folder of the run that a network is from; for a checkpoint that lies alone, the folder it lies in."""
-    folder = trained.checkpoint.parent
-    return folder.parent if folder.name == "checkpoints" else folder

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from uhml import distributed
-from uhml.commands.options import add_network_arguments, check_out, console, opened, run_folder
+from uhml.commands.options import add_network_arguments, check_out, console, opened
 from uhml.data.decode import load_rgb
 from uhml.data.images import list_images
 from uhml.data.pictures import Pictures
@@ -174,7 +174,7 @@ def _gallery(trained: Trained, args: argparse.Namespace) -> tuple[Vectors, dict[
     """Return what is searched, and the classes of its pictures as far as they are known. A collective."""
     if args.vectors is not None:
         return distributed.on_every_rank(lambda: read_vectors(args.vectors)), {}
-    folder = run_folder(trained) / "search"
+    folder = trained.folder / "search"
     if args.images is not None:
         pictures = distributed.on_every_rank(lambda: list_images(args.images))
         source = os.path.abspath(args.images)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from uhml import poincare
-from uhml.commands.options import run_folder
 from uhml.explorer.drawing import draw, places
 from uhml.explorer.levels import central_and_unusual, heights, level_counts, shown_levels
 from uhml.explorer.sheets import COLUMNS, PER_SHEET, choose_look, sheets
@@ -116,7 +115,7 @@ def contents(trained: Trained, source: Source, embeddings: Tensor, max_pictures:
         height[level] = heights(tree, drawing.standing, count)[shown]
         arrays[f"height-{i}"] = height
 
-    names, name = short_names(pictures), run_folder(trained).resolve().name
+    names, name = short_names(pictures), trained.folder.resolve().name
     saved_at = datetime.datetime.fromtimestamp(trained.checkpoint.stat().st_mtime, datetime.UTC)
     meta = {
         "title": f"{name}: {source.part} pictures",

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from uhml.commands.options import run_folder
 from uhml.data.images import list_images
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.verify import list_pictures, readable_pictures
@@ -67,7 +66,7 @@ def find_source(trained: Trained, part: str, images: Path | None) -> Source:
 
 def _saved_trees(trained: Trained, splits: Splits) -> dict[int, Dendrogram]:
     """Return the trees that the run has kept, if its training pictures are still the same."""
-    paths = sorted((run_folder(trained) / HIERARCHIES).glob("step-*.npz"))
+    paths = sorted((trained.folder / HIERARCHIES).glob("step-*.npz"))
     paths = [path for path in paths if _step(path) <= trained.step]
     if not paths:
         return {}

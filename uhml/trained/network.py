@@ -27,6 +27,12 @@ class Trained:
     step: int
     checkpoint: Path
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the run; for a checkpoint that lies alone, the folder it lies in."""
+        folder = self.checkpoint.parent
+        return folder.parent if folder.name == "checkpoints" else folder
+
 
 def load_trained(source: str, device: torch.device | str = "cpu") -> Trained:
     """Load the network of a run.
