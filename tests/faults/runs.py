@@ -155,7 +155,9 @@ def checkpoints(run_dir):
 
 def events(run_dir):
     """What TensorBoard is told, and of which step, as it stands in the files: nothing twice, nothing missing."""
-    paths = sorted((run_dir / "tensorboard").glob("events.*"), key=lambda path: path.stat().st_mtime)
+    # events.out.tfevents.SECOND.HOST.PID.NUMBER; when a file was last changed may be when it was cut off.
+    paths = list((run_dir / "tensorboard").glob("events.*"))
+    paths.sort(key=lambda path: [int(path.name.split(".")[place]) for place in (3, -2)])
     loaded = [event for path in paths for event in EventFileLoader(str(path)).Load()]
     return [(event.step, value.tag) for event in loaded for value in event.summary.value]
 
