@@ -79,8 +79,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     checkpoints = [sorted((run / "checkpoints").glob("step-*.pt"))[-1] for run in (one, other)]
     assert checkpoints[0].name == checkpoints[1].name
     mine, theirs = (torch.load(path, weights_only=True) for path in checkpoints)
-    # How long it took may differ.
+    # How long it took may differ, and in how many event files TensorBoard has been told.
     assert mine.pop("seconds") > 0 < theirs.pop("seconds")
+    assert mine.pop("recorded").pop("metrics.jsonl") == theirs.pop("recorded").pop("metrics.jsonl")
     assert mine["model"], "there is something to compare"
     _assert_same(mine, theirs, "")
 
