@@ -14,18 +14,6 @@ from uhml.data.glyphs import glyphs
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# With pytest-xdist's ``-n 2 --dist loadgroup``: one worker for what mostly waits, for SLURM, a browser or commands, and
-# one for the rest. Within a worker the order is the usual one.
-WAITING = ("commands", "explorer", "launching", "slurm")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            waits = item.path.parent.name in WAITING
-            item.add_marker(pytest.mark.xdist_group("waiting" if waits else "computing"))
-
-
 @pytest.fixture
 def one_thread():
     """torch sums in the same order whatever the machine."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from pages import NASTY, draw_shapes, explore, read_page, train
 from PIL import Image
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -71,7 +72,8 @@ class Opened:
         return [found for found in self.browser.find_elements(By.CSS_SELECTOR, selector) if found.is_displayed()]
 
     def wait(self, condition):
-        return WebDriverWait(self.browser, 20).until(lambda _: condition())
+        waiting = WebDriverWait(self.browser, 20, ignored_exceptions=[StaleElementReferenceException])
+        return waiting.until(lambda _: condition())
 
     def wait_for_state(self, said):
         self.wait(lambda: said in self.run("location.hash"))
@@ -110,8 +112,10 @@ def test_fits_wide_and_narrow_screens(page, contents, view, width):
 
 def test_the_tree_opens_down_to_a_leaf(page, contents):
     levels = contents.arrays[f"levels-{len(contents.meta['steps']) - 1}"]
-    cluster, depth = None, 0
-    while cards := page.find("#tree .card:not(.mini)"):
+    cluster = None
+    for _ in levels:
+        # Cells come when they are in view.
+        cards = page.wait(lambda: page.find("#tree .card:not(.mini)"))
         shown = [(int(c.get_attribute("data-level")), int(c.get_attribute("data-cluster"))) for c in cards]
         if cluster is not None:
             # What is inside a cluster is of it.
@@ -119,10 +123,8 @@ def test_the_tree_opens_down_to_a_leaf(page, contents):
         cluster = shown[0]
         cards[0].find_element(By.CSS_SELECTOR, "button.title").click()
         page.wait_for_state(f"level={cluster[0]}")
-        # Cells come when they are in view.
-        page.wait(lambda: page.find("#tree button.thumb"))
-        depth += 1
-    assert depth == len(levels)
+    page.wait(lambda: page.find("#tree .grid button.thumb"))
+    assert not page.find("#tree .card:not(.mini)")
     members = set(np.flatnonzero(levels[cluster[0]] == cluster[1]))
     leaves = page.find("#tree button.thumb")
     assert leaves
