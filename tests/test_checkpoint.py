@@ -171,7 +171,7 @@ def test_what_is_no_checkpoint_of_this_network_is_refused(tmp_path):
     file = tmp_path / "other.pt"
     torch.save({"model": network(4).state_dict()}, file)
     message = refusal(model, file)
-    assert "of another network than model.backbone and model.embedding_dim" in message
+    assert "of another network than model.backbone, model.embedding_dim and model.projector" in message
     assert "size mismatch for 0.weight" in message
     for weights in ({}, 3, torch.ones(3)):
         torch.save({"model": weights}, file)
@@ -204,7 +204,7 @@ def test_a_file_that_would_run_code_is_refused_without_running_it(tmp_path, caps
 
 
 def test_all_that_the_trainer_saves_is_read_without_unpickling(tmp_path):
-    model = Embedder(Features(), HyperbolicHead(4, 2, 0.1, 2.3), "float32", "float32")
+    model = Embedder(Features(), HyperbolicHead(4, 2, 0.1, 2.3), None, "float32", "float32")
     config = OptimConfig(warmup_steps=1)
     optimizer = build_optimizer(model, config)
     schedule = build_schedule(optimizer, config, 3)

@@ -152,6 +152,16 @@ def test_pixels_are_normalised_by_mean_and_std(make):
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-5)
 
 
+def test_some_pictures_lose_their_colours():
+    torch.manual_seed(0)
+    image = Image.fromarray(np.full((16, 16, 3), (200, 100, 0), np.uint8))
+    transform = training_transform(DataConfig(image_size=16, augment_gray=0.25), *NEUTRAL)
+    seen = torch.stack([transform(image) for _ in range(80)])
+    grey = (seen[:, 0] == seen[:, 1]).all((1, 2))
+    assert 8 <= grey.sum() <= 32
+    assert (seen[~grey] == seen[~grey][0]).all()
+
+
 def test_augmentation_follows_the_config():
     half = np.zeros((32, 32, 3), np.uint8)
     half[:, 16:] = 255
@@ -170,4 +180,4 @@ def test_augmentation_follows_the_config():
     assert torch.equal(flipped[flipped[:, 0, 8, 0] < flipped[:, 0, 8, -1]][0], plain[0])
     assert len(seen(augment_scale=(0.2, 0.4), augment_flip=False).flatten(1).unique(dim=0)) > 10
     colours = seen(**whole, augment_flip=False, augment_color=0.4)
-    assert len(colours.flatten(1).unique(dim=0)) > 30
+    assert len(colours.flatten(1).unique(dim=0)) > 20

@@ -50,12 +50,12 @@ def test_head_is_the_exponential_map_of_the_clipped_linear_map(curvature):
     norm = tangent.norm(dim=1, keepdim=True)
     assert (norm > 1.5).any()
     assert (norm < 1.5).any()
-    clipped = torch.where(norm > 1.5, tangent / norm * 1.5, tangent)
+    clipped = tangent / norm * 1.5 * torch.tanh(norm / 1.5)
     expected = geoopt.PoincareBall(c=torch.tensor(curvature, dtype=torch.float64)).expmap0(clipped)
     torch.testing.assert_close(head(features).double(), expected, rtol=1e-5, atol=1e-6)
     # Twice the tangent's length, which the clip bounds.
     reach = distance_matrix(head(features), torch.zeros(1, 4), curvature)[:, 0]
-    torch.testing.assert_close(reach.double(), 2 * norm[:, 0].clamp_max(1.5), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(reach.double(), 3 * torch.tanh(norm[:, 0] / 1.5), rtol=1e-4, atol=1e-5)
 
 
 def test_head_is_float32_under_autocast_and_from_half_precision_features():
@@ -116,7 +116,7 @@ def test_moments_over_ranks_are_numpys(n):
 def test_whitened_start_is_pca_with_each_axis_divided_by_the_root_of_its_singular_value():
     features = correlated(400, 12)
     head = HyperbolicHead(12, 5, 0.1, 2.3)
-    head.start("whitened_pca", FeatureMoments.over_ranks(features), 1.0)
+    head.fit("whitened_pca", FeatureMoments.over_ranks(features), 1.0)
     pca = PCA(5, svd_solver="full").fit(features.double().numpy())
     expected = pca.components_ / np.sqrt(pca.singular_values_)[:, None] * np.sqrt(pca.singular_values_[0])
     weight = head.linear.weight.detach().numpy()
@@ -138,7 +138,7 @@ def test_start_norm_is_the_root_mean_square_norm_in_clip_radii(init, start_norm)
     torch.manual_seed(0)
     head = HyperbolicHead(10, 4, 0.1, clip_radius=1.7)
     before = head.linear.weight.detach().clone()
-    head.start(init, FeatureMoments.over_ranks(features), start_norm)
+    head.fit(init, FeatureMoments.over_ranks(features), start_norm)
     tangent = head.tangent(features).detach()
     assert float(tangent.square().sum(1).mean().sqrt()) == pytest.approx(start_norm * 1.7, rel=1e-4)
     torch.testing.assert_close(tangent.mean(0), torch.zeros(4), rtol=0, atol=1e-4)
@@ -150,11 +150,11 @@ def test_start_norm_is_the_root_mean_square_norm_in_clip_radii(init, start_norm)
 
 def test_whitening_more_axes_than_pictures_is_finite_and_than_features_is_refused():
     head = HyperbolicHead(10, 8, 0.1, 2.3)
-    head.start("whitened_pca", FeatureMoments.over_ranks(correlated(3, 10)), 1.0)
+    head.fit("whitened_pca", FeatureMoments.over_ranks(correlated(3, 10)), 1.0)
     assert torch.isfinite(head.linear.weight).all()
     assert torch.isfinite(head(correlated(20, 10, seed=1))).all()
     with pytest.raises(UserError, match=r"model\.embedding_dim=11 is more than the backbone's 10 features"):
-        HyperbolicHead(10, 11, 0.1, 2.3).start("whitened_pca", FeatureMoments.over_ranks(correlated(20, 10)), 1.0)
+        HyperbolicHead(10, 11, 0.1, 2.3).fit("whitened_pca", FeatureMoments.over_ranks(correlated(20, 10)), 1.0)
 
 
 # Backbone
@@ -198,7 +198,7 @@ def test_batch_normalisation_keeps_the_statistics_of_the_weights_in_training():
     backbone = build()
     norms = [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [m.running_mean.clone() for m in norms]
-    model = Embedder(backbone, HyperbolicHead(backbone.num_features, 2, 0.1, 2.3), "float32", "float32")
+    model = Embedder(backbone, HyperbolicHead(backbone.num_features, 2, 0.1, 2.3), None, "float32", "float32")
     model.train()
     assert model.training
     assert backbone.training

@@ -11,7 +11,7 @@ from uhml.optim import build_optimizer, build_schedule
 
 def model():
     backbone = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten())
-    return Embedder(backbone, HyperbolicHead(4, 2, 0.1, 2.3), "float32", "float32")
+    return Embedder(backbone, HyperbolicHead(4, 2, 0.1, 2.3), None, "float32", "float32")
 
 
 def settings(optimizer, network):
@@ -42,6 +42,22 @@ def test_a_head_with_factor_0_stays_as_it_starts():
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(network.head.parameters(), before, strict=True))
     assert not torch.equal(network.backbone[0].weight, changed)
+
+
+def test_where_there_is_a_projector_it_is_what_learns_and_the_head_stays():
+    backbone, head, projector = nn.Flatten(), HyperbolicHead(4, 2, 0.1, 2.3), HyperbolicHead(4, 2, 0.1, 2.3)
+    network = Embedder(backbone, head, projector, "float32", "float32")
+    optimizer = build_optimizer(network, OptimConfig(learning_rate=0.01, head_lr_factor=3))
+    assert {name for name, _ in settings(optimizer, network).items()} == {
+        "projector.linear.weight",
+        "projector.linear.bias",
+    }
+    images = torch.randn(5, 4)
+    assert torch.equal(network.train()(images), projector(images))
+    assert torch.equal(network.eval()(images), head(images))
+    network.train()(images).square().sum().backward()
+    assert all(p.grad is None for p in head.parameters())
+    assert all(p.grad is not None for p in projector.parameters())
 
 
 @pytest.mark.parametrize(("schedule", "warmup"), [("cosine", 0), ("cosine", 4), ("constant", 4), ("constant", 0)])

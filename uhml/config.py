@@ -28,6 +28,7 @@ _SETTINGS = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_
 Positive = Annotated[float, Field(gt=0, strict=True)]
 NonNegative = Annotated[float, Field(ge=0, strict=True)]
 Share = Annotated[float, Field(gt=0, le=1, strict=True)]
+Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
 Whole = Annotated[int, Field(ge=0, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 Number = Annotated[int, Field(strict=True)] | Annotated[float, Field(strict=True)]
@@ -77,7 +78,11 @@ class DataConfig:
     """Mirror training pictures left to right at random. Switch it off where left and right mean something (text)."""
 
     augment_color: NonNegative = 0.0
-    """Strength of the random changes of brightness, contrast and saturation in training; 0 for none, 0.4 is usual."""
+    """Strength of the random changes of brightness, contrast and saturation in training, and of a quarter of them in
+    hue; 0 for none, 0.4 is usual. For pictures whose colour does not tell what they show, as that of a car."""
+
+    augment_gray: Probability = 0.0
+    """Share of the training pictures that lose their colours; 0.2 is usual beside data.augment_color."""
 
     num_workers: Whole = 2
     """Processes per rank that read and augment pictures. 0 does it in the training process."""
@@ -106,16 +111,22 @@ class ModelConfig:
     """c in the ball's sectional curvature -c; its radius is 1/sqrt(c). 0 is the Euclidean control."""
 
     clip_radius: Positive = 2.3
-    """Greatest norm of a feature before the exponential map (Guo et al., CVPR 2022): keeps points off the ball's
-    edge, where gradients vanish."""
+    """Norm that no feature exceeds before the exponential map (after Guo et al., CVPR 2022): keeps points off the
+    ball's edge, where gradients vanish. It is approached smoothly, so that the longest still differ in length."""
+
+    projector: bool = True
+    """Learn through a linear layer that is thrown away, the projector. What is clustered, scored and exported is the
+    head, fitted anew at every re-clustering to what the backbone has learned; a head that learned itself would keep
+    only what the training pictures need. false learns the head itself, as the article does."""
 
     head_init: Literal["whitened_pca", "orthogonal", "random"] = "whitened_pca"
     """How the linear layer starts: from the principal axes of the frozen features, each divided by the square root
     of its singular value; as a random orthogonal map; or at random, as torch does it."""
 
-    start_norm: Positive = 1.0
-    """Root mean square norm of the training pictures' features after the linear layer at the start, in units of
-    model.clip_radius. It is a fixed factor beside the weights, which stay at unit scale."""
+    start_norm: Positive = 2.0
+    """Root mean square norm of the training pictures' features after the linear layer when it is fitted, in units of
+    model.clip_radius. It is a fixed factor beside the weights, which stay at unit scale. Small values leave norms
+    freer, and those of untrained features mean little; large ones leave the angle alone."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the backbone in training steps. The ball's arithmetic is always float32."""
@@ -186,7 +197,8 @@ class OptimConfig:
     """Highest learning rate of the backbone."""
 
     head_lr_factor: NonNegative = 1.0
-    """Learning rate of the linear head as a multiple of the backbone's; 0 keeps the head as it starts."""
+    """Learning rate of the projector, or of the head that learns itself, as a multiple of the backbone's; 0 keeps
+    it as it starts."""
 
     weight_decay: NonNegative = 0.01
     """Decoupled weight decay of weight matrices; biases and normalisation layers have none."""
@@ -460,6 +472,11 @@ def _contradictions(config: Config, num_ranks: int) -> Iterator[str]:
             f"model.clip_radius={config.model.clip_radius} reaches so far to the edge of the ball of "
             f"model.curvature={config.model.curvature} that float32 cannot tell points apart there: take at most "
             f"{longest:.3g}."
+        )
+    if config.model.projector and config.model.head_init != "whitened_pca":
+        yield (
+            f"model.head_init={config.model.head_init} cannot fit the head anew to what the backbone has learned, as "
+            "model.projector=true does: take model.head_init=whitened_pca, or model.projector=false."
         )
     if config.model.weights == "package" and config.model.backbone != "tf_efficientnet_lite0":
         yield (

@@ -1,4 +1,4 @@
-"""AdamW for backbone and head, and the learning rate over time."""
+"""AdamW for backbone and projector, and the learning rate over time."""
 
 import math
 
@@ -16,7 +16,7 @@ def build_optimizer(model: Embedder, config: OptimConfig) -> torch.optim.AdamW:
     steps have nothing to act on.
     """
     groups = []
-    for module, factor in ((model.backbone, 1.0), (model.head, config.head_lr_factor)):
+    for module, factor in ((model.backbone, 1.0), (model.learned_head, config.head_lr_factor)):
         parameters = [p for p in module.parameters() if p.requires_grad]
         for decay, chosen in (
             (config.weight_decay, [p for p in parameters if p.ndim > 1]),

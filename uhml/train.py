@@ -199,8 +199,14 @@ def start_head(model: Embedder, pictures: Pictures, config: Config) -> None:
         source = config.model.init_from
         distributed.on_every_rank(lambda: load_weights(model, source))
         return
-    own = embed_share(model, pictures, config, "frozen features of train pictures", features=True)
-    model.head.start(config.model.head_init, FeatureMoments.over_ranks(own), config.model.start_norm)
+    fit_head(model, embed_share(model, pictures, config, "frozen features of train pictures", features=True), config)
+    if model.projector is not None:
+        model.projector.load_state_dict(model.head.state_dict())
+
+
+def fit_head(model: Embedder, own_features: Tensor, config: Config) -> None:
+    """Fit the head to the backbone's features of all ranks' training pictures, ``[n, num_features]`` on this one."""
+    model.head.fit(config.model.head_init, FeatureMoments.over_ranks(own_features), config.model.start_norm)
 
 
 def discover_hierarchy(
@@ -209,7 +215,11 @@ def discover_hierarchy(
     """Embed all training pictures, cluster them by average linkage, cut the tree into levels: those of ``state``."""
     options = config.hierarchy
     run.status.phase("embed")
-    own = embed_share(state.model, pictures, config, "embed train pictures")
+    features = embed_share(state.model, pictures, config, "embed train pictures", features=True)
+    if state.model.projector is not None:
+        fit_head(state.model, features, config)
+    with torch.inference_mode():
+        own = state.model.head(features)
     run.status.phase("cluster")
     tree = average_linkage_over_ranks(
         own,
@@ -232,6 +242,8 @@ def discover_hierarchy(
 
     levels = distributed.broadcast_from_main(distributed.on_main(cut), state.model.device)
     state.levels, state.tree = levels, tree
+    # The checkpoint of this step, from before, lacks the head that goes with its backbone.
+    state.save(run.folder, report.settle)
 
 
 def cluster_batches(state: TrainingState, pictures: Pictures, config: Config, until: int) -> Loader:

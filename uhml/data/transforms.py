@@ -25,7 +25,10 @@ def training_transform(config: DataConfig, mean: tuple[float, ...], std: tuple[f
     if config.augment_flip:
         steps.append(v2.RandomHorizontalFlip())
     if config.augment_color:
-        steps.append(v2.ColorJitter(*[config.augment_color] * 3))
+        strength = config.augment_color
+        steps.append(v2.RandomApply([v2.ColorJitter(strength, strength, strength, min(strength / 4, 0.5))], p=0.8))
+    if config.augment_gray:
+        steps.append(v2.RandomGrayscale(config.augment_gray))
     return v2.Compose([*steps, *_to_tensor(mean, std)])
 
 

@@ -14,13 +14,22 @@ class Embedder(nn.Module):
     Args:
         backbone: pictures to features.
         head: features to points.
+        projector: takes the head's place in training mode, if given; the head then gets no gradient.
         precision: of the backbone in training mode, "float32" or "bfloat16".
         inference_precision: of the backbone in evaluation mode.
     """
 
-    def __init__(self, backbone: Backbone, head: HyperbolicHead, precision: str, inference_precision: str) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: HyperbolicHead,
+        projector: HyperbolicHead | None,
+        precision: str,
+        inference_precision: str,
+    ) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone, self.head, self.projector = backbone, head, projector
+        head.requires_grad_(projector is None)
         self.precision, self.inference_precision = precision, inference_precision
 
     @property
@@ -34,13 +43,23 @@ class Embedder(nn.Module):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
             return self.backbone(images).float()
 
+    @property
+    def learned_head(self) -> HyperbolicHead:
+        """The projector, or the head where there is none."""
+        return self.head if self.projector is None else self.projector
+
     def forward(self, images: Tensor) -> Tensor:
         """Map ``[b, 3, h, w]`` to points of the ball ``[b, embedding_dim]``, float32."""
-        return self.head(self.features(images))
+        head = self.learned_head if self.training else self.head
+        return head(self.features(images))
 
 
 def build_embedder(config: ModelConfig, image_size: int) -> Embedder:
-    """Make the network that the config describes; the head still waits for :meth:`HyperbolicHead.start`."""
+    """Make the network that the config describes; its heads still wait for :meth:`HyperbolicHead.fit`."""
     backbone = build_backbone(config, image_size)
-    head = HyperbolicHead(backbone.num_features, config.embedding_dim, config.curvature, config.clip_radius)
-    return Embedder(backbone, head, config.precision, config.inference_precision)
+
+    def make_head() -> HyperbolicHead:
+        return HyperbolicHead(backbone.num_features, config.embedding_dim, config.curvature, config.clip_radius)
+
+    head, projector = make_head(), make_head() if config.projector else None
+    return Embedder(backbone, head, projector, config.precision, config.inference_precision)

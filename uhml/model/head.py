@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class FeatureMoments:
-    """Mean and covariance of the training pictures' frozen features, over all ranks.
+    """Mean and covariance of the training pictures' features, over all ranks.
 
     Attributes:
         mean: ``[num_features]``, float64.
@@ -40,7 +40,8 @@ class FeatureMoments:
 class HyperbolicHead(nn.Module):
     """``z = exp_0( clip_r( scale · (W (f - mean) + b) ) )``, in float32 whatever the backbone computes in.
 
-    The clip ``v · min(1, r/|v|)`` is Guo et al.'s (CVPR 2022). ``mean`` and ``scale`` are constants beside the weights,
+    The clip ``v · r tanh(|v|/r) / |v|`` is a smooth form of Guo et al.'s ``v · min(1, r/|v|)`` (CVPR 2022), which all
+    points soon lie on, equally long and with no gradient back. ``mean`` and ``scale`` are constants beside the weights,
     fitted once: what all pictures' features have in common would otherwise turn Adam's first small steps into one
     large step of the whole cloud, and weights that carry the scale would be lost in them.
 
@@ -73,17 +74,17 @@ class HyperbolicHead(nn.Module):
         return self.scale * self.linear(features.float() - self.mean)
 
     def clip(self, tangent: Tensor) -> Tensor:
-        """Pull vectors longer than the clip radius back to it."""
-        norm = tangent.norm(dim=-1, keepdim=True)
-        return tangent * (self.clip_radius / norm.clamp_min(self.clip_radius))
+        """Shorten vectors so that none is longer than the clip radius; short ones stay about as they are."""
+        in_radii = (tangent.norm(dim=-1, keepdim=True) / self.clip_radius).clamp_min(1e-6)
+        return tangent * (in_radii.tanh() / in_radii)
 
     @torch.no_grad()
-    def start(self, init: str, moments: FeatureMoments, start_norm: float) -> None:
-        """Set the layer's first weights, and the mean and scale that go with them.
+    def fit(self, init: str, moments: FeatureMoments, start_norm: float) -> None:
+        """Set the layer's weights, and the mean and scale that go with them. A collective.
 
         Args:
             init: "whitened_pca", "orthogonal" or "random", see ``model.head_init``.
-            moments: of the training pictures' frozen features.
+            moments: of the training pictures' features.
             start_norm: root mean square norm of the tangent vectors, in units of the clip radius.
 
         Raises:
@@ -91,7 +92,9 @@ class HyperbolicHead(nn.Module):
         """
         weight = self.linear.weight
         if init == "whitened_pca":
-            weight.copy_(_whitening(moments, self.linear.out_features))
+            # One rank's, so that a machine whose LAPACK rounds otherwise has no head of its own.
+            fitted = distributed.on_main(lambda: _whitening(moments, self.linear.out_features))
+            weight.copy_(distributed.broadcast_from_main(fitted, weight.device))
         elif init == "orthogonal":
             nn.init.orthogonal_(weight)
         self.mean.copy_(moments.mean)

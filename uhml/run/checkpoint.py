@@ -177,5 +177,6 @@ def load_weights(model: nn.Module, source: str) -> None:
     except (RuntimeError, TypeError) as e:
         reason = " ".join(str(e).split())[:300]
         raise UserError(
-            f"model.init_from={path} is of another network than model.backbone and model.embedding_dim: {reason}"
+            f"model.init_from={path} is of another network than model.backbone, model.embedding_dim and "
+            f"model.projector: {reason}"
         ) from e
