@@ -152,6 +152,26 @@ def test_pixels_are_normalised_by_mean_and_std(make):
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("fit", "narrowed"), [("squash", 4.0), ("crop", 1.0)])
+def test_crops_have_the_proportions_of_the_plain_picture(fit, narrowed):
+    # A wide picture of stripes: their width against that of bars tells how it is squeezed.
+    y, x = np.mgrid[:64, :256]
+    image = Image.fromarray(np.stack([255 * (x // 8 % 2), 255 * (y // 8 % 2), 0 * x], 2).astype(np.uint8))
+    config = DataConfig(image_size=64, fit=fit, augment_scale=(0.1, 0.1), augment_ratio=(1, 1), augment_flip=False)
+
+    def squeezed(transform):
+        pixels = transform(image)
+        across = (pixels[0, :, 1:] - pixels[0, :, :-1]).abs().sum() / 64
+        down = (pixels[1, 1:] - pixels[1, :-1]).abs().sum() / 64
+        return float(across / down)
+
+    plain = squeezed(plain_transform(config, *NEUTRAL))
+    torch.manual_seed(0)
+    crops = [squeezed(training_transform(config, *NEUTRAL)) for _ in range(20)]
+    assert plain == pytest.approx(narrowed, rel=0.2)
+    assert np.mean(crops) == pytest.approx(narrowed, rel=0.2)
+
+
 def test_some_pictures_lose_their_colours():
     torch.manual_seed(0)
     image = Image.fromarray(np.full((16, 16, 3), (200, 100, 0), np.uint8))

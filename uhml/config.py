@@ -72,7 +72,8 @@ class DataConfig:
     """Least and greatest share of the area that a random crop keeps in training."""
 
     augment_ratio: Annotated[tuple[Positive, Positive], Field(strict=False)] = (0.75, 4 / 3)
-    """Least and greatest width-to-height ratio of a random crop in training."""
+    """Least and greatest width-to-height ratio of a random crop in training; with data.fit=squash, of the squashed
+    picture."""
 
     augment_flip: bool = True
     """Mirror training pictures left to right at random. Switch it off where left and right mean something (text)."""

@@ -1,6 +1,7 @@
 """Picture to tensor: the random crop of training and the plain one of everything else."""
 
 import torch
+from PIL import Image
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
@@ -17,11 +18,7 @@ def training_transform(config: DataConfig, mean: tuple[float, ...], std: tuple[f
         mean: of each colour channel, as the backbone expects it, of values in 0..1.
         std: likewise.
     """
-    steps: list[nn.Module] = [
-        v2.RandomResizedCrop(
-            config.image_size, scale=config.augment_scale, ratio=config.augment_ratio, interpolation=BICUBIC
-        )
-    ]
+    steps: list[nn.Module] = [RandomCrop(config)]
     if config.augment_flip:
         steps.append(v2.RandomHorizontalFlip())
     if config.augment_color:
@@ -30,6 +27,30 @@ def training_transform(config: DataConfig, mean: tuple[float, ...], std: tuple[f
     if config.augment_gray:
         steps.append(v2.RandomGrayscale(config.augment_gray))
     return v2.Compose([*steps, *_to_tensor(mean, std)])
+
+
+class RandomCrop(nn.Module):
+    """A random part of a picture, resized to the square that the network sees.
+
+    With ``data.fit=squash`` the shape of the part is that of a part of the squashed picture: a wide car is as much
+    narrowed here as where nothing is random. Otherwise the network would learn proportions that it never meets again.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        """Crop and resize."""
+        aspect = image.width / image.height if self.config.fit == "squash" else 1.0
+        least, greatest = self.config.augment_ratio
+        crop = v2.RandomResizedCrop(
+            self.config.image_size,
+            scale=self.config.augment_scale,
+            ratio=(least * aspect, greatest * aspect),
+            interpolation=BICUBIC,
+        )
+        return crop(image)
 
 
 def plain_transform(config: DataConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> nn.Module:

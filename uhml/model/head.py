@@ -42,7 +42,7 @@ class HyperbolicHead(nn.Module):
 
     The clip ``v · r tanh(|v|/r) / |v|`` is a smooth form of Guo et al.'s ``v · min(1, r/|v|)`` (CVPR 2022), which all
     points soon lie on, equally long and with no gradient back. ``mean`` and ``scale`` are constants beside the weights,
-    fitted once: what all pictures' features have in common would otherwise turn Adam's first small steps into one
+    fitted with them: what all pictures' features have in common would otherwise turn Adam's first small steps into one
     large step of the whole cloud, and weights that carry the scale would be lost in them.
 
     Args:
