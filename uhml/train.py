@@ -218,6 +218,8 @@ def discover_hierarchy(
     features = embed_share(state.model, pictures, config, "embed train pictures", features=True)
     if state.model.projector is not None:
         fit_head(state.model, features, config)
+        # The checkpoint of this step, from before, lacks the head that goes with its backbone.
+        state.save(run.folder, report.settle)
     with torch.inference_mode():
         own = state.model.head(features)
     run.status.phase("cluster")
@@ -242,8 +244,6 @@ def discover_hierarchy(
 
     levels = distributed.broadcast_from_main(distributed.on_main(cut), state.model.device)
     state.levels, state.tree = levels, tree
-    # The checkpoint of this step, from before, lacks the head that goes with its backbone.
-    state.save(run.folder, report.settle)
 
 
 def cluster_batches(state: TrainingState, pictures: Pictures, config: Config, until: int) -> Loader:
