@@ -157,6 +157,13 @@ def test_whitening_more_axes_than_pictures_is_finite_and_than_features_is_refuse
         HyperbolicHead(10, 11, 0.1, 2.3).fit("whitened_pca", FeatureMoments.over_ranks(correlated(20, 10)), 1.0)
 
 
+def test_features_that_are_not_finite_are_refused():
+    features = correlated(20, 10)
+    features[3, 4] = float("nan")
+    with pytest.raises(UserError, match="features hold NaN or infinity"):
+        FeatureMoments.over_ranks(features)
+
+
 # Backbone
 
 

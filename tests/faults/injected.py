@@ -170,19 +170,18 @@ class FullDisk:
 
 @dataclasses.dataclass
 class FullDiskInSave:
-    """The same, but only while a checkpoint is written."""
+    """The same, but only while one checkpoint is written."""
 
-    save: int
+    name: str
 
     def __call__(self):
-        true, calls = uhml.run.checkpoint.write_file, []
+        true = uhml.run.checkpoint.write_file
 
-        def write_file(*args):
-            calls.append(1)
-            if len(calls) == self.save:
+        def write_file(path, *args):
+            if path.name == self.name:
                 _limit_files(4096)
             try:
-                true(*args)
+                true(path, *args)
             finally:
                 _limit_files(resource.RLIM_INFINITY)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 
+import scipy.linalg
 import torch
 from torch import Tensor, nn
 
@@ -28,12 +29,21 @@ class FeatureMoments:
 
     @classmethod
     def over_ranks(cls, own_features: Tensor) -> "FeatureMoments":
-        """Take the moments over every rank's ``[n, num_features]``. A collective: sums travel, not features."""
+        """Take the moments over every rank's ``[n, num_features]``. A collective: sums travel, not features.
+
+        Raises:
+            UserError: a feature is not finite.
+        """
         own = own_features.double()
         count = distributed.all_reduce_sum(torch.tensor(float(len(own)), device=own.device))
         mean = distributed.all_reduce_sum(own.sum(0)) / count
         centred = own - mean
         covariance = distributed.all_reduce_sum(centred.T @ centred) / count
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise UserError(
+                "The backbone's features hold NaN or infinity: look for the fault in its weights, "
+                "or lower optim.learning_rate if training made them so."
+            )
         return cls(mean, covariance, int(count))
 
 
@@ -114,8 +124,9 @@ def _whitening(moments: FeatureMoments, num_axes: int) -> Tensor:
             f"model.embedding_dim={num_axes} is more than the backbone's {num_features} features; "
             "model.head_init=whitened_pca needs at most as many."
         )
-    variances, axes = torch.linalg.eigh(moments.covariance.cpu())
-    variances, axes = variances.flip(0)[:num_axes], axes.flip(1)[:, :num_axes]
+    # Not torch's: its LAPACK routine gives up on some covariances of few pictures, most of whose axes are of no length.
+    found = scipy.linalg.eigh(moments.covariance.cpu(), subset_by_index=(num_features - num_axes, num_features - 1))
+    variances, axes = (torch.from_numpy(array).flip(-1) for array in found)
     # eigh leaves each axis' sign open; fix it, so that every machine starts from the same head.
     signs = axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
     # Fewer pictures than axes leave axes along which none differ from another; dividing by their rounding errors
