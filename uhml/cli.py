@@ -30,6 +30,7 @@ keys of CONFIG, each also as section.key=value on the command line (values are t
 """
 
 COMMANDS = {
+    "plan": ("uhml.planning.command", "tell what a run will cost in time, memory and disk, and whether it fits"),
     "evaluate": ("uhml.commands.evaluate", "score a trained network, class by class, with sheets of its answers"),
     "embed": ("uhml.commands.embed", "embed any pictures with a trained network, into a file"),
     "search": ("uhml.commands.search", "find the pictures that are most like one"),

@@ -1,0 +1,142 @@
+"""The formulas against bytes and events counted in real networks, optimizers and runs."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+
+from uhml import distributed
+from uhml.config import load_config
+from uhml.data.pictures import Pictures, Splits
+from uhml.hierarchy.graph import graph_memory
+from uhml.loss import HierarchicalLogRatioLoss
+from uhml.model import Backbone, Embedder, HyperbolicHead, build_embedder
+from uhml.planning import costs
+from uhml.planning.calibration import measure_network, nested_levels
+from uhml.planning.costs import Growth, Network, Ranks, Sizes
+from uhml.run.training_state import TrainingState
+from uhml.train import train, train_step
+
+ONE = Ranks(nodes=1, per_node=1)
+NETWORK = Network(weights=4_000, learned=3_000, num_features=64, flops=1e6, saved=10_000, widest=2_000)
+
+
+def changed(config, section, **options):
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **options)})
+
+
+def test_bytes_of_network_gradients_and_optimizer_are_those_of_real_ones(words):
+    config = changed(load_config(words[0]), "model", weights="random")
+    model = build_embedder(config.model, config.data.image_size)
+    network = measure_network(model, config)
+    state = TrainingState(model, Splits(train=Pictures(paths=("a", "b"))), config)
+    model.train()
+    model(torch.randn(4, 3, 32, 32)).sum().backward()
+    state.optimizer.step()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    moments = [t for s in state.optimizer.state.values() for name, t in s.items() if name != "step"]
+    assert network.learned == sum(g.nbytes for g in gradients)
+    assert 2 * network.learned == sum(t.nbytes for t in moments)
+    assert network.weights == sum(t.nbytes for t in model.state_dict().values())
+    expected = network.weights + network.learned + sum(t.nbytes for t in moments) + 2 * 24 * 4
+    assert costs.memory(config, Sizes(train=24), ONE, network, rank=0, on_gpu=True).network == expected
+
+
+def test_what_a_forward_pass_keeps_and_computes_is_counted_by_hand(words):
+    config = changed(load_config(words[0]), "model", projector=False)
+    convolution = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    layers = nn.Sequential(convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    backbone = Backbone(layers, (0.5,) * 3, (0.5,) * 3, 32)
+    model = Embedder(backbone, HyperbolicHead(8, 16, 0.1, 2.3), None, "float32", "float32")
+    network = measure_network(model, config)
+    # The picture with its channels last, the rectified maps once for both layers that want them, and the head's rows.
+    assert 0 <= network.saved - (3 + 8) * 32 * 32 * 4 < 1500
+    assert network.widest == 2 * 8 * 32 * 32 * 4
+    assert network.flops == 2 * 27 * 8 * 32 * 32 + 2 * 8 * 16
+
+
+def test_a_real_run_has_as_many_hierarchies_scores_and_bytes_as_planned(words, tmp_path):
+    config = load_config(words[0])
+    train(config, tmp_path / "run")
+    network = measure_network(build_embedder(config.model, config.data.image_size), config)
+    checkpoint, hierarchy = costs.disk(config, Sizes(train=24, test=24), network)
+    trees = list((tmp_path / "run" / "hierarchies").iterdir())
+    # After 0, 2, 4 and the last of 5 steps.
+    assert len(trees) == costs.num_hierarchies(config) == 4
+    assert all(abs(tree.stat().st_size - hierarchy) < 1000 for tree in trees)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line["kind"] == "unseen_ball" for line in lines) == costs.num_evaluations(config) == 4
+    checkpoints = list((tmp_path / "run" / "checkpoints").glob("step-*.pt"))
+    assert len(checkpoints) + 1 == costs.num_kept(config)
+    # Names, random states and the archive's padding are some 100 kB, whatever the network.
+    assert 0 < max(path.stat().st_size for path in checkpoints) - checkpoint < 250_000
+
+
+def exchanged(config_path):
+    """Bytes that one step of this rank brings to exchanges of its own, data parallelism's apart."""
+    config = changed(load_config(config_path), "model", weights="random")
+    model = build_embedder(config.model, config.data.image_size)
+    state = TrainingState(model, Splits(train=Pictures(paths=("a", "b"))), config)
+    state.levels = nested_levels(64, 2)
+    counted = []
+
+    def counting(name, function, bytes_of):
+        def call(*args, **options):
+            counted.append(bytes_of(*args))
+            return function(*args, **options)
+
+        setattr(distributed.dist, name, call)
+
+    counting("all_gather", distributed.dist.all_gather, lambda parts, own: sum(part.nbytes for part in parts))
+    counting("all_reduce", distributed.dist.all_reduce, lambda tensor, *_: tensor.nbytes)
+    loss = HierarchicalLogRatioLoss(0.8, 3)
+    rows = torch.arange(8) + 8 * distributed.rank()
+    train_step(model, torch.randn(8, 3, 32, 32), rows, state, loss, config, None)
+    distributed.all_reduce_max(0)  # as before each step, whether all are well
+    return sum(counted), measure_network(model, config)
+
+
+@pytest.mark.ddp
+def test_wire_is_what_a_step_exchanges_and_near_the_least(words):
+    ranks = Ranks(nodes=1, per_node=2)
+    for counted, network in run_ranks(exchanged, 2, words[0]):
+        wire, least = costs.wire_per_step(load_config(words[0]), ranks, network)
+        assert abs(wire - network.learned - counted) <= 8
+        assert least == network.learned + 16 * (16 + 1) * 4
+        assert wire < 1.001 * least
+
+
+def test_growth_goes_through_its_measurements():
+    growth = Growth.through((100, 0.3), (400, 3.6))
+    assert growth(100) == pytest.approx(0.3)
+    assert growth(400) == pytest.approx(3.6)
+    # Less than linear growth is taken for linear.
+    assert Growth.through((100, 1.0), (400, 2.0)) == Growth(0.005, 0.0)
+    assert Growth.through((100, 0.1), (400, 6.4)).linear == 0
+
+
+def test_nothing_but_rank_0_and_its_graph_limits_100_million_pictures_on_64_ranks(words):
+    config, sizes, ranks = load_config(words[0]), Sizes(train=10**8), Ranks(nodes=8, per_node=8)
+    main, other = (costs.memory(config, sizes, ranks, NETWORK, rank=rank, on_gpu=True) for rank in (0, 1))
+    assert main.clustering - other.clustering == graph_memory(10**8, 5) - 12 * 10**8 * 5
+    doubled = costs.memory(config, sizes, Ranks(nodes=16, per_node=8), NETWORK, rank=0, on_gpu=True)
+    # The share of a rank halves, the graph does not.
+    assert doubled.embedding < 0.6 * main.embedding
+    assert doubled.clustering > graph_memory(10**8, 5)
+
+
+@pytest.mark.parametrize("dim", [16, 2048])
+def test_search_in_cells_grows_by_less_than_the_square_and_falls_with_the_ranks(words, dim):
+    config, exact = changed(load_config(words[0]), "model", embedding_dim=dim), Growth(0.0, 1e-9)
+    seconds = {
+        (n, world): costs.seconds_of_search(config, n, Ranks(nodes=world, per_node=1), exact)
+        for n in (10**5, 10**6, 10**7)
+        for world in (1, 8)
+    }
+    assert seconds[10**5, 1] == pytest.approx(10)
+    assert seconds[10**6, 1] == pytest.approx(1000 / 37)
+    assert seconds[10**7, 1] == pytest.approx(1000 / 37 * 10**1.5)
+    assert all(seconds[n, 8] < seconds[n, 1] / 2 for n in (10**5, 10**6, 10**7))

@@ -1,0 +1,329 @@
+"""What a run costs, as plain arithmetic on counts, sizes and speeds. Bytes, seconds and numbers, nothing measured here.
+
+``n`` pictures are trained on by ``R`` ranks; a global batch has ``B`` views, ``b = B / R`` of them on each rank.
+"""
+
+import dataclasses
+import math
+
+from uhml.config import Config
+from uhml.hierarchy.dense import dense_memory
+from uhml.hierarchy.exact import exact_memory
+from uhml.hierarchy.graph import graph_memory
+from uhml.hierarchy.linkage import GATHER_UP_TO
+from uhml.metrics import BLOCK_BYTES
+from uhml.reporting.figures import THUMBNAIL
+from uhml.reporting.projector import MOST
+
+FLOAT, DOUBLE, INT = 4, 8, 8
+# Copies of all thumbnails as floats that torch makes of them on the way to one image.
+SPRITES = 5
+# Batches that each worker process of a training loader has ready.
+PREFETCHED = 4
+# Approximate search against exact search of a million points, and how it grows: tests/benchmarks/hierarchy.py.
+APPROXIMATE_GAIN_AT_MILLION = 37
+APPROXIMATE_GROWTH = 1.5
+# Of approximate search, the part that every rank does for all points: the cells.
+APPROXIMATE_BUILD = 0.1
+# Of linkage on a graph, over the number of its edges: rounds become more, caches fail.
+LINKAGE_GROWTH = 1.25
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Network:
+    """A network in numbers.
+
+    Attributes:
+        weights: bytes of all parameters and buffers.
+        learned: bytes of the parameters that get a gradient.
+        num_features: of the backbone.
+        flops: operations of one picture's forward pass.
+        saved: bytes that a forward pass in training keeps of one picture for the backward pass.
+        widest: bytes of one picture's two largest tensors in a row, of which a forward pass without gradient has no
+            more at a time.
+    """
+
+    weights: int
+    learned: int
+    num_features: int
+    flops: float
+    saved: int
+    widest: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How many pictures there are: n to train on, and those to score on, 0 where no classes are known."""
+
+    train: int
+    test: int = 0
+    gallery: int = 0
+
+    @property
+    def scored(self) -> int:
+        """Pictures that an evaluation embeds."""
+        return self.test + self.gallery
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """How the run is spread."""
+
+    nodes: int
+    per_node: int
+
+    @property
+    def world_size(self) -> int:
+        """R."""
+        return self.nodes * self.per_node
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """Seconds of some work on n points: ``linear n + square n²``."""
+
+    linear: float
+    square: float
+
+    def __call__(self, n: float) -> float:
+        """Return the seconds."""
+        return self.linear * n + self.square * n * n
+
+    @classmethod
+    def through(cls, few: tuple[int, float], many: tuple[int, float]) -> "Growth":
+        """Return the growth that two measurements, points and seconds, lie on; none of its terms is negative."""
+        (a, s), (b, t) = few, many
+        square = min(max(0.0, (t / b - s / a) / (b - a)), t / b**2) if b > a else t / b**2
+        return cls(t / b - square * b, square)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Seconds on the machine that is planned for.
+
+    Attributes:
+        view: of a training step, for one view, on a whole node with all that reads its pictures.
+        picture: of embedding one picture, likewise.
+        checked: of decoding one picture once, likewise.
+        start: until the first batch of a loader is there, besides.
+        exchange: of a training step, what its exchange of gradients adds.
+        search: exact search of n queries among n points, on one rank.
+        linkage: of the graph's edges, or of the points in another mode, on rank 0.
+        retrieval: of n test pictures, for 1,000 coordinates, on one rank.
+        kmeans: of n test pictures, for 1,000 coordinates, on rank 0.
+        record: drawing a hierarchy for TensorBoard, and one checkpoint.
+        shown: showing one picture in TensorBoard's projector.
+    """
+
+    view: float
+    picture: float
+    checked: float
+    start: float
+    exchange: float
+    search: Growth
+    linkage: Growth
+    retrieval: Growth
+    kmeans: Growth
+    record: float
+    shown: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """Of a whole run, part by part."""
+
+    reading: float
+    steps: float
+    embedding: float
+    search: float
+    linkage: float
+    recording: float
+    evaluation: float
+
+    @property
+    def total(self) -> float:
+        """Of all parts."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one rank: what stays, and what each phase of the run takes besides.
+
+    Attributes:
+        reused: whether a phase works with what another has given back, as GPUs' allocator has it. On the host the C
+            library keeps what the many tensors of a step took, and takes more for the few large ones of other phases.
+    """
+
+    network: int
+    step: int
+    embedding: int
+    clustering: int
+    evaluation: int
+    reused: bool
+
+    @property
+    def peak(self) -> int:
+        """At the worst moment."""
+        others = max(self.embedding, self.clustering, self.evaluation)
+        return self.network + (max(self.step, others) if self.reused else self.step + others)
+
+
+def num_hierarchies(config: Config) -> int:
+    """Return how often the pictures are clustered: every so many steps, and after the last."""
+    return math.ceil(config.train.num_steps / config.hierarchy.recluster_every) + 1
+
+
+def num_evaluations(config: Config) -> int:
+    """Return how often the network is scored: before the first step, after the last, and in between if asked for."""
+    between = max(0, num_hierarchies(config) - 2) if config.eval.at_reclustering else 0
+    return 2 + between
+
+
+def num_checkpoints(config: Config) -> int:
+    """Return how often a checkpoint is written, at most: before and after each clustering, and every so many steps."""
+    refitted = 2 if config.model.projector else 1
+    return refitted * num_hierarchies(config) + config.train.num_steps // config.train.checkpoint_every + 2
+
+
+def seconds_of_search(config: Config, n: int, ranks: Ranks, exact: Growth) -> float:
+    """Return the seconds of finding the neighbours of all points: exactly, or in cells where there are many."""
+    world = ranks.world_size
+    if config.hierarchy.mode != "graph":
+        return 0.0
+    if n <= config.hierarchy.exact_search_up_to:
+        return exact(n) / world
+    at_million = exact(10**6) / APPROXIMATE_GAIN_AT_MILLION
+    if gathers(config, n):
+        return at_million * (n / 10**6) ** APPROXIMATE_GROWTH * (APPROXIMATE_BUILD + (1 - APPROXIMATE_BUILD) / world)
+    # Every rank's share is searched by all ranks in turn.
+    return world * at_million * (n / world / 10**6) ** APPROXIMATE_GROWTH
+
+
+def gathers(config: Config, n: int) -> bool:
+    """Return whether every rank holds all points in the search, instead of passing shares round."""
+    return n * config.model.embedding_dim * FLOAT <= GATHER_UP_TO
+
+
+def seconds(config: Config, sizes: Sizes, ranks: Ranks, network: Network, speed: Speed) -> Seconds:
+    """Return what a run takes."""
+    n, options = sizes.train, config.hierarchy
+    hierarchies, evaluations = num_hierarchies(config), num_evaluations(config) if sizes.test else 0
+    first_fit = int(config.model.init_from is None)
+    embedding = (first_fit + hierarchies) * (n / ranks.nodes * speed.picture + speed.start)
+    linked = n
+    if options.mode == "graph":
+        linked = round((n * options.num_neighbors) ** LINKAGE_GROWTH)
+    coordinates = (network.num_features + 2 * config.model.embedding_dim) / 1000
+    scoring = speed.retrieval(sizes.test) / ranks.world_size + speed.kmeans(sizes.test)
+    parts = 1 + (sizes.gallery > 0)
+    evaluation = sizes.scored / ranks.nodes * speed.picture + parts * speed.start + coordinates * scoring
+    return Seconds(
+        reading=(n + sizes.scored) / ranks.nodes * speed.checked,
+        steps=config.train.num_steps * seconds_of_step(config, ranks, speed) + (hierarchies - 1) * speed.start,
+        embedding=embedding,
+        search=hierarchies * seconds_of_search(config, n, ranks, speed.search),
+        linkage=hierarchies * speed.linkage(linked),
+        recording=hierarchies * speed.record,
+        evaluation=evaluations * evaluation
+        + speed.start
+        + min(MOST, sizes.test or n) * (speed.picture / ranks.nodes + speed.shown),
+    )
+
+
+def seconds_of_step(config: Config, ranks: Ranks, speed: Speed) -> float:
+    """Return the seconds of one training step."""
+    return config.train.global_batch_size / ranks.nodes * speed.view + speed.exchange
+
+
+def memory(config: Config, sizes: Sizes, ranks: Ranks, network: Network, *, rank: int, on_gpu: bool) -> Memory:
+    """Return the bytes that a rank takes on the device it computes on, beyond its libraries."""
+    world, options = ranks.world_size, config.hierarchy
+    n, own = sizes.train, math.ceil(sizes.train / world)
+    width, d = network.num_features, config.model.embedding_dim
+    batch, global_batch = config.train.global_batch_size // world, config.train.global_batch_size
+    picture = 3 * config.data.image_size**2 * FLOAT
+    num_levels = len(options.cuts) + 1
+    # AdamW keeps two moments of each parameter; data parallelism a copy of the gradients in buckets.
+    kept = network.weights + 3 * network.learned + (network.learned if world > 1 else 0) + len(options.cuts) * n * FLOAT
+    step = batch * (network.saved + network.widest + picture) + (num_levels + 12) * batch * global_batch * FLOAT
+    forward = config.eval.batch_size * (network.widest + picture)
+    # Rows as they come and put together; then, for the head, twice in float64.
+    features = own * width * (2 * FLOAT if not config.model.projector else FLOAT + 2 * DOUBLE)
+    embedding = own * width * FLOAT + forward
+    clustering = max(features, own * width * FLOAT + own * d * FLOAT + _clustering(config, n, own, rank))
+    scored = sizes.scored * width
+    evaluation = max(
+        sizes.test * width * FLOAT + forward,
+        # Rows, their points and their lift in float64; then a block of gaps with its keys, sorted and not.
+        scored * (FLOAT + 3 * DOUBLE) + 6 * min(BLOCK_BYTES, sizes.test * (sizes.gallery or sizes.test) * DOUBLE),
+    )
+    if rank == 0 and not on_gpu:
+        evaluation = max(evaluation, projected(sizes))
+    return Memory(
+        network=kept, step=step, embedding=embedding, clustering=clustering, evaluation=evaluation, reused=on_gpu
+    )
+
+
+def projected(sizes: Sizes) -> int:
+    """Return the bytes that TensorBoard's projector takes on rank 0's host.
+
+    Thumbnails come and are put together as bytes; divided, made floats and laid out as one image, some times over.
+    """
+    return min(MOST, sizes.test or sizes.train) * 3 * THUMBNAIL**2 * (2 + SPRITES * FLOAT)
+
+
+def _clustering(config: Config, n: int, own: int, rank: int) -> int:
+    options, d = config.hierarchy, config.model.embedding_dim
+    if options.mode == "graph":
+        searched = n if gathers(config, n) else 2 * own
+        # Points and their lift, copied once; blocks; what is found, twice (uhml.hierarchy.knn.search_memory).
+        search = searched * (3 * (d + 2) * FLOAT + 64) + 2**29 + own * options.num_neighbors * 32
+        edges = graph_memory(n, options.num_neighbors) if rank == 0 else 12 * n * options.num_neighbors
+        return searched * d * FLOAT + search + edges
+    if rank > 0:
+        return n * d * DOUBLE
+    return n * d * DOUBLE + (exact_memory(n, d) if options.mode == "exact" else dense_memory(n))
+
+
+def batches_in_flight(config: Config, ranks: Ranks) -> int:
+    """Return the bytes of shared memory that the loaders of one node hold ready."""
+    batch = config.train.global_batch_size // ranks.world_size
+    picture = 3 * config.data.image_size**2 * FLOAT
+    return ranks.per_node * config.data.num_workers * PREFETCHED * batch * picture
+
+
+def wire_per_step(config: Config, ranks: Ranks, network: Network) -> tuple[int, int]:
+    """Return the bytes that a rank brings to the exchanges of one step, and the least possible.
+
+    Of a rank's own making, as a program hands them over; how often they travel is the network library's business. The
+    least is the gradients and, of each of B views, d coordinates and a number.
+    """
+    if ranks.world_size == 1:
+        return 0, 0
+    views, d = config.train.global_batch_size, config.model.embedding_dim
+    points, pictures = views * d * FLOAT, views * INT
+    # The points' gradients come back; then two sums and a word whether all are well.
+    return network.learned + 2 * points + pictures + 3 * INT, network.learned + views * (d + 1) * FLOAT
+
+
+def seconds_of_exchange(bytes_of_rank: int, ranks: Ranks, link: float, node_network: float) -> float:
+    """Return the seconds of an all-reduce in a ring, at the slower of the links in a node and between nodes."""
+    world = ranks.world_size
+    if world == 1:
+        return 0.0
+    slowest = min(link, node_network) if ranks.nodes > 1 else link
+    return 2 * (world - 1) / world * bytes_of_rank / slowest
+
+
+def disk(config: Config, sizes: Sizes, network: Network) -> tuple[int, int]:
+    """Return the bytes of one checkpoint and of one hierarchy. Trees have four numbers of eight bytes for a merge."""
+    tree = (sizes.train - 1) * 4 * DOUBLE
+    levels = len(config.hierarchy.cuts) * sizes.train * 4
+    return network.weights + 2 * network.learned + levels + tree, tree
+
+
+def num_kept(config: Config) -> int:
+    """Return how many checkpoints lie on the disk at once: those kept, one being written, and the best."""
+    best = int(config.data.score_on == "validation")
+    return min(config.train.keep_checkpoints, num_checkpoints(config)) + 1 + best
