@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uhml.planning import calibration
+from uhml.planning import calibration, command
 
 
 @pytest.fixture(scope="session")
@@ -32,10 +32,22 @@ def words(noise, tmp_path):
     return [str(config)]
 
 
+@pytest.fixture(scope="session")
+def measured():
+    """What was measured before, by what it depends on."""
+    return {}
+
+
 @pytest.fixture
-def quick(monkeypatch):
-    """A calibration of a few seconds, which is as good where no time is looked at."""
-    monkeypatch.setattr(calibration, "SECONDS_OF_STEPS", 0.1)
-    monkeypatch.setattr(calibration, "SECONDS_OF_EMBEDDING", 0.1)
-    monkeypatch.setattr(calibration, "POINTS", 400)
-    monkeypatch.setattr(calibration, "SCORED", 100)
+def quick(monkeypatch, measured):
+    """A calibration of a few seconds, once for each network, which is as good where no time is looked at."""
+    for name, value in {"SECONDS_OF_STEPS": 0.1, "SECONDS_OF_EMBEDDING": 0.1, "POINTS": 400, "SCORED": 100}.items():
+        monkeypatch.setattr(calibration, name, value)
+
+    def calibrate(config, *arguments):
+        key = (config.model, config.data.image_size, config.hierarchy.mode)
+        if key not in measured:
+            measured[key] = calibration.calibrate(config, *arguments)
+        return measured[key]
+
+    monkeypatch.setattr(command, "calibrate", calibrate)

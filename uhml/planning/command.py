@@ -34,8 +34,7 @@ EXAMPLES = """\
 examples:
   uhml plan configs/quickstart.yaml
   uhml plan configs/sop.yaml data.root=/data/sop --nodes 2 --gpus-per-node 8 --gpu h100
-  uhml plan configs/folder.yaml data.root=/data/all train.global_batch_size=8192 --nodes 8 --gpus-per-node 8 \\
-      --gpu h200 --pictures 100000000 --json
+  uhml plan configs/folder.yaml data.root=/all --gpu h200 --nodes 8 --gpus-per-node 8 --pictures 100000000 --json
 
 Where the pictures are not here, give their number; others of 500 x 375 pixels are read instead of them.
 """

@@ -17,7 +17,9 @@ from uhml.reporting.projector import MOST
 
 FLOAT, DOUBLE, INT = 4, 8, 8
 # Copies of all thumbnails as floats that torch makes of them on the way to one image.
-SPRITES = 5
+SPRITES = 7
+# Bytes of a picture's path as a Python string of some 70 letters, and of what points to it.
+NAME = 130
 # Batches that each worker process of a training loader has ready.
 PREFETCHED = 4
 # Approximate search against exact search of a million points, and how it grows: tests/benchmarks/hierarchy.py.
@@ -111,7 +113,8 @@ class Speed:
         linkage: of the graph's edges, or of the points in another mode, on rank 0.
         retrieval: of n test pictures, for 1,000 coordinates, on one rank.
         kmeans: of n test pictures, for 1,000 coordinates, on rank 0.
-        record: drawing a hierarchy for TensorBoard, and one checkpoint.
+        disk: bytes per second that it writes, and not a time.
+        record: drawing a hierarchy for TensorBoard, and a small checkpoint.
         shown: showing one picture in TensorBoard's projector.
     """
 
@@ -124,6 +127,7 @@ class Speed:
     linkage: Growth
     retrieval: Growth
     kmeans: Growth
+    disk: float
     record: float
     shown: float
 
@@ -211,6 +215,8 @@ def seconds(config: Config, sizes: Sizes, ranks: Ranks, network: Network, speed:
     hierarchies, evaluations = num_hierarchies(config), num_evaluations(config) if sizes.test else 0
     first_fit = int(config.model.init_from is None)
     embedding = (first_fit + hierarchies) * (n / ranks.nodes * speed.picture + speed.start)
+    checkpoint, tree = disk(config, sizes, network)
+    written = num_checkpoints(config) * checkpoint + hierarchies * tree
     linked = n
     if options.mode == "graph":
         linked = round((n * options.num_neighbors) ** LINKAGE_GROWTH)
@@ -224,7 +230,7 @@ def seconds(config: Config, sizes: Sizes, ranks: Ranks, network: Network, speed:
         embedding=embedding,
         search=hierarchies * seconds_of_search(config, n, ranks, speed.search),
         linkage=hierarchies * speed.linkage(linked),
-        recording=hierarchies * speed.record,
+        recording=hierarchies * speed.record + written / speed.disk,
         evaluation=evaluations * evaluation
         + speed.start
         + min(MOST, sizes.test or n) * (speed.picture / ranks.nodes + speed.shown),
@@ -263,6 +269,11 @@ def memory(config: Config, sizes: Sizes, ranks: Ranks, network: Network, *, rank
     return Memory(
         network=kept, step=step, embedding=embedding, clustering=clustering, evaluation=evaluation, reused=on_gpu
     )
+
+
+def listed(config: Config, sizes: Sizes) -> int:
+    """Return the bytes of every rank's host memory for the pictures' names, and for their order in clusters."""
+    return (sizes.train + sizes.scored) * NAME + sizes.train * (INT + 4 * len(config.hierarchy.cuts))
 
 
 def projected(sizes: Sizes) -> int:

@@ -55,3 +55,5 @@ WORKER = 150 * 10**6
 """Bytes of its own that a process has which reads pictures."""
 CUDA_HOST = 2 * GB
 """Bytes of host memory that CUDA and its libraries take in each process."""
+DISK = GB / 2
+"""Bytes per second that are written to the folder of the run."""

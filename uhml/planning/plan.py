@@ -179,12 +179,14 @@ def _why_memory(plan: Plan, machine: Machine, measured: Calibration) -> str:
         work = f"Clustering {plan.sizes.train:,} pictures on rank 0"
         other = "or train on fewer pictures"
     elif phase == "clustering":
-        return _need(f"hierarchy.mode={options.mode} on {plan.sizes.train:,} pictures", memory.peak, machine) + (
-            ": take hierarchy.mode=graph."
+        return (
+            _need(f"hierarchy.mode={options.mode} on {plan.sizes.train:,} pictures", memory.peak, machine)
+            + " so take hierarchy.mode=graph."
         )
     else:
-        return _need(f"Scoring {plan.sizes.scored:,} pictures", memory.peak, machine) + (
-            ": take a smaller test part, as with data.num_classes."
+        return (
+            _need(f"Scoring {plan.sizes.scored:,} pictures", memory.peak, machine)
+            + " so take fewer classes with data.num_classes."
         )
     now, best = getattr(getattr(config, section), key), most(section, key, step)
     cure = f"{section}.{key}={best} is the most that fits" if best else f"no {section}.{key} is small enough"
@@ -193,9 +195,7 @@ def _why_memory(plan: Plan, machine: Machine, measured: Calibration) -> str:
 
 def _need(work: str, num_bytes: float, machine: Machine) -> str:
     where = "of a GPU's memory" if machine.on_gpu else "of memory"
-    return (
-        f"{work} needs {num_bytes / GIB:.1f} GiB {where}, and {machine.name} leaves {machine.memory_of_rank / GIB:.1f}"
-    )
+    return f"{work} needs {num_bytes / GIB:.1f} GiB {where}, and {machine.memory_of_rank / GIB:.1f} can be had,"
 
 
 def greatest(fits: Callable[[int], bool], below: int) -> int:
@@ -219,8 +219,10 @@ def most_pictures(config: Config, sizes: Sizes, ranks: Ranks, machine: Machine, 
 
 def _memory(config: Config, sizes: Sizes, ranks: Ranks, machine: Machine, measured: Calibration, rank: int) -> Memory:
     found = costs.memory(config, sizes, ranks, measured.network, rank=rank, on_gpu=machine.on_gpu)
-    # On the host the libraries count too.
-    return found if machine.on_gpu else dataclasses.replace(found, network=found.network + measured.libraries)
+    if machine.on_gpu:
+        return found
+    # On the host the libraries count too, and the names of the pictures.
+    return dataclasses.replace(found, network=found.network + measured.libraries + costs.listed(config, sizes))
 
 
 def _host_of_node(
@@ -228,7 +230,8 @@ def _host_of_node(
 ) -> float:
     readers = ranks.per_node * config.data.num_workers * hardware.WORKER + costs.batches_in_flight(config, ranks)
     if machine.on_gpu:
-        return readers + ranks.per_node * (measured.libraries + hardware.CUDA_HOST) + costs.projected(sizes)
+        own = measured.libraries + hardware.CUDA_HOST + costs.listed(config, sizes)
+        return readers + ranks.per_node * own + costs.projected(sizes)
     return readers + main.peak + (ranks.per_node - 1) * others.peak
 
 
@@ -248,6 +251,7 @@ def _speed_here(config: Config, ranks: Ranks, machine: Machine, measured: Calibr
         linkage=measured.linkage,
         retrieval=_times(measured.retrieval, sharing),
         kmeans=measured.kmeans,
+        disk=hardware.DISK,
         record=measured.record,
         shown=measured.shown,
     )
@@ -276,6 +280,7 @@ def _speed_of_gpu(config: Config, ranks: Ranks, gpu: Gpu, measured: Calibration)
         # Gaps, keys and their selection, in eight bytes each.
         retrieval=Growth(0.0, 2 * 1000 / (gpu.float64 * ARITHMETIC_SHARE) + 8 * 8 / bandwidth),
         kmeans=measured.kmeans,
+        disk=hardware.DISK,
         record=measured.record,
         shown=measured.shown,
     )
