@@ -28,6 +28,7 @@ from uhml.metrics import Scores
 from uhml.mining import ClusterBatches
 from uhml.model import Embedder, FeatureMoments, build_embedder
 from uhml.progress import progress
+from uhml.reporting.guards import watch
 from uhml.reporting.projector import project
 from uhml.reporting.report import Reporter
 from uhml.run import interruption
@@ -244,6 +245,7 @@ def discover_hierarchy(
 
     levels = distributed.broadcast_from_main(distributed.on_main(cut), state.model.device)
     state.levels, state.tree = levels, tree
+    report.guards(state.step, watch(own, levels, config.model))
 
 
 def cluster_batches(state: TrainingState, pictures: Pictures, config: Config, until: int) -> Loader:

@@ -27,6 +27,7 @@ from uhml.hierarchy.plot import draw_top
 from uhml.metrics import Scores
 from uhml.reporting import hyperparameters
 from uhml.reporting.figures import draw_batch, draw_clusters
+from uhml.reporting.guards import GUARDS, Guard
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,9 @@ class Reporter:
             if saved is None:
                 for summary in hyperparameters.summaries(config):
                     self.tensorboard.file_writer.add_summary(summary, 0)  # type: ignore[attr-defined]
+                # A chart for each guard, with the alarm line in it.
+                charts = {name: ["Multiline", [f"guards/{name}$", f"guards/{name}_alarm$"]] for name in GUARDS}
+                self.tensorboard.add_custom_scalars({"guards": charts})
 
     def _forget_later(self, recorded: dict[str, int]) -> None:
         for path in self._records():
@@ -146,6 +150,20 @@ class Reporter:
             self.tensorboard.add_figure("hierarchy/batch", batches, step)
         self.scalars("hierarchy", step, figures)
         logger.info("step %d: hierarchy of %d pictures: %s", step, levels.shape[1], ", ".join(summary))
+
+    def guards(self, step: int, guards: Sequence[Guard]) -> None:
+        """Record the figures that are watched beside their alarm lines, and warn of those beyond."""
+        self.scalars("guards", step, {guard.name: guard.value for guard in guards})
+        if not self.active:
+            return
+        with self._told():
+            for guard in guards:
+                self.tensorboard.add_scalar(f"guards/{guard.name}_alarm", guard.alarm, step)
+        for guard in guards:
+            if guard.rings:
+                logger.warning(
+                    "step %d: %s is %.3g, beyond %.3g: %s.", step, guard.name, guard.value, guard.alarm, guard.meaning
+                )
 
     def distances(self, step: int, distances: Tensor, similarity: Tensor, num_levels: int) -> None:
         """Record how far apart pairs of a batch are, by the finest level on which they share a cluster.
