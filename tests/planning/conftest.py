@@ -44,10 +44,10 @@ def quick(monkeypatch, measured):
     for name, value in {"SECONDS_OF_STEPS": 0.1, "SECONDS_OF_EMBEDDING": 0.1, "POINTS": 400, "SCORED": 100}.items():
         monkeypatch.setattr(calibration, name, value)
 
-    def calibrate(config, *arguments):
-        key = (config.model, config.data.image_size, config.hierarchy.mode)
+    def calibrate(config, *arguments, computes):
+        key = (config.model, config.data.image_size, config.hierarchy.mode, computes)
         if key not in measured:
-            measured[key] = calibration.calibrate(config, *arguments)
+            measured[key] = calibration.calibrate(config, *arguments, computes=computes)
         return measured[key]
 
     monkeypatch.setattr(command, "calibrate", calibrate)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import math
 import resource
 import tempfile
 import time
@@ -35,13 +34,14 @@ from uhml.planning.costs import LINKAGE_GROWTH, Growth, Network
 from uhml.reporting.figures import thumbnails
 from uhml.reporting.report import Reporter
 from uhml.run.training_state import TrainingState
-from uhml.train import cluster_batches, clusters_to_learn, train_step
+from uhml.train import cluster_batches, train_step
 
 logger = logging.getLogger(__name__)
 
 SECONDS_OF_STEPS = 8.0
 SECONDS_OF_EMBEDDING = 5.0
 MOST_STEPS = 6
+FEW = 8
 POINTS = 12_000
 SCORED = 2_000
 READ = 48
@@ -50,15 +50,29 @@ STAND_IN_SIZE = (500, 375)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How fast this machine computes.
+
+    Attributes:
+        view: seconds of a training step for one view, read, augmented and learned from, with all cores.
+        picture: of embedding one picture, likewise.
+        start: until the first batch of a loader, besides.
+        views: in the steps that were measured.
+    """
+
+    view: float
+    picture: float
+    start: float
+    views: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
     """Seconds on this machine, and the network in numbers.
 
     Attributes:
         network: of the config.
-        device: what computed.
-        view: of a training step for one view, read, augmented and learned from, with all cores of this machine.
-        picture: of embedding one picture, likewise.
-        start: until the first batch of a loader, besides.
+        pace: of computing; None where another machine computes.
         read_view: of reading and augmenting one view, in one process.
         read_picture: of reading one picture to be embedded, likewise.
         decode: of decoding one picture, likewise.
@@ -69,14 +83,10 @@ class Calibration:
         record: see there.
         shown: see there.
         libraries: bytes of host memory that a process holds before it has a network.
-        views: in the steps that were measured.
     """
 
     network: Network
-    device: torch.device
-    view: float
-    picture: float
-    start: float
+    pace: Pace | None
     read_view: float
     read_picture: float
     decode: float
@@ -87,10 +97,11 @@ class Calibration:
     record: float
     shown: float
     libraries: int
-    views: int
 
 
-def calibrate(config: Config, pictures: Pictures, num_points: int, device: torch.device) -> Calibration:
+def calibrate(
+    config: Config, pictures: Pictures, num_points: int, device: torch.device, *, computes: bool
+) -> Calibration:
     """Measure. Takes about half a minute whatever the network.
 
     Args:
@@ -98,6 +109,7 @@ def calibrate(config: Config, pictures: Pictures, num_points: int, device: torch
         pictures: some to train on, as those of the run.
         num_points: pictures that the run clusters.
         device: where to compute.
+        computes: whether this machine's network is of interest, and not only what is beside it.
 
     Raises:
         UserError: there is no such network, or a picture cannot be read.
@@ -111,17 +123,18 @@ def calibrate(config: Config, pictures: Pictures, num_points: int, device: torch
     read_view = _seconds_each(training_transform(config.data, mean, std), pictures)
     read_picture = _seconds_each(plain_transform(config.data, mean, std), pictures)
     decode = _seconds_each(lambda image: image, pictures)
-    picture, start = _embedding(model, config, pictures)
+    pace = None
     with tempfile.TemporaryDirectory() as folder:
-        view, views, record, shown = _training(model, config, pictures, Path(folder))
+        if computes:
+            picture, start = _embedding(model, config, pictures)
+            view, views = _training(model, config, pictures, Path(folder))
+            pace = Pace(view=view, picture=picture, start=start, views=views)
+        record, shown = _recording(model, config, pictures, Path(folder))
     search, linkage = _clustering(config, num_points, device)
     scoring = _scoring(config, device)
     return Calibration(
         network=network,
-        device=device,
-        view=view,
-        picture=picture,
-        start=start,
+        pace=pace,
         read_view=read_view,
         read_picture=read_picture,
         decode=decode,
@@ -132,7 +145,6 @@ def calibrate(config: Config, pictures: Pictures, num_points: int, device: torch
         record=record,
         shown=shown,
         libraries=libraries,
-        views=views,
     )
 
 
@@ -202,7 +214,13 @@ def _seconds_each(transform: Callable[[Image.Image], Any], pictures: Pictures) -
 
 def _embedding(model: Embedder, config: Config, pictures: Pictures) -> tuple[float, float]:
     """Return the seconds for a picture, and those until there is a first batch besides."""
-    batch = min(config.eval.batch_size, len(pictures))
+    size = config.data.image_size
+    few = torch.zeros(FEW, 3, size, size, device=model.device)
+    with torch.inference_mode():
+        model.features(few)
+        seconds, _ = _timed(lambda: model.features(few), model.device)
+    time_for = int(SECONDS_OF_EMBEDDING / 4 / seconds * FEW)
+    batch = min(config.eval.batch_size, len(pictures), max(FEW, time_for))
     small = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=batch))  # type: ignore[type-var]
     # Often enough the same ones: they are read anew each time.
     many = pictures.select(np.arange(40 * batch) % len(pictures))
@@ -220,44 +238,52 @@ def _embedding(model: Embedder, config: Config, pictures: Pictures) -> tuple[flo
     return each / batch, max(0.0, times[0] - each)
 
 
-def _training(model: Embedder, config: Config, pictures: Pictures, folder: Path) -> tuple[float, int, float, float]:
-    """Return the seconds of a step for a view, the views in it, and the seconds of recording and of showing."""
+def _training(model: Embedder, config: Config, pictures: Pictures, folder: Path) -> tuple[float, int]:
+    """Return the seconds of a step for a view, and the views in it: as many as there is time for."""
     views_of_cluster = config.mining.pictures_per_cluster * config.mining.num_views
-    num_levels = len(config.hierarchy.cuts)
-    levels = nested_levels(len(pictures), num_levels)
+    seconds = _steps(model, config, pictures, folder, 2 * views_of_cluster, 2)
     most = min(config.clusters_per_batch, len(pictures) // config.mining.pictures_per_cluster)
-    seconds = math.inf
-    # A small batch first, to see how large a one there is time for.
-    for clusters in (2, most):
-        if clusters > 2:
-            clusters = max(2, min(clusters, int(SECONDS_OF_STEPS / 3 / seconds) // views_of_cluster))
-        views = clusters * views_of_cluster
-        options = dataclasses.replace(config.train, global_batch_size=views, num_steps=10**6)  # type: ignore[type-var]
-        small = dataclasses.replace(config, train=options)  # type: ignore[type-var]
-        state = TrainingState(model, Splits(train=pictures), small)
-        state.levels = levels.to(model.device)
-        loss = HierarchicalLogRatioLoss(config.loss.omega, num_levels + (config.mining.num_views > 1))
-        times = [time.perf_counter()]
-        with contextlib.closing(iter(cluster_batches(state, pictures, small, MOST_STEPS))) as batches:
-            for images, rows in batches:
-                train_step(model, images, rows, state, loss, small, folder)
-                _finish(model.device)
-                times.append(time.perf_counter())
-                if times[-1] - times[0] > SECONDS_OF_STEPS and len(times) > 3:
-                    break
-        # Without the first, for which the loader had to start.
-        seconds = (times[-1] - times[1]) / (len(times) - 2) / views
+    clusters = min(most, int(SECONDS_OF_STEPS / 3 / seconds) // views_of_cluster)
+    if clusters <= 2:
+        return seconds, 2 * views_of_cluster
+    views = clusters * views_of_cluster
+    return _steps(model, config, pictures, folder, views, MOST_STEPS), views
+
+
+def _steps(model: Embedder, config: Config, pictures: Pictures, folder: Path, views: int, num_steps: int) -> float:
+    """Take some steps of so many views, and return the seconds for a view."""
+    options = dataclasses.replace(config.train, global_batch_size=views, num_steps=10**6)  # type: ignore[type-var]
+    small = dataclasses.replace(config, train=options)  # type: ignore[type-var]
+    num_levels = len(config.hierarchy.cuts)
+    state = TrainingState(model, Splits(train=pictures), small)
+    state.levels = nested_levels(len(pictures), num_levels).to(model.device)
+    loss = HierarchicalLogRatioLoss(config.loss.omega, num_levels + (config.mining.num_views > 1))
+    times = []
+    with contextlib.closing(iter(cluster_batches(state, pictures, small, num_steps))) as batches:
+        for images, rows in batches:
+            train_step(model, images, rows, state, loss, small, folder)
+            _finish(model.device)
+            times.append(time.perf_counter())
+            if len(times) > 2 and times[-1] - times[0] > SECONDS_OF_STEPS:
+                break
+    # Without the first, for which the loader had to start.
+    return (times[-1] - times[0]) / (len(times) - 1) / views
+
+
+def _recording(model: Embedder, config: Config, pictures: Pictures, folder: Path) -> tuple[float, float]:
+    """Return the seconds of drawing a hierarchy with a checkpoint, and of showing one picture."""
+    levels = nested_levels(len(pictures), len(config.hierarchy.cuts))
+    batch = np.arange(config.mining.pictures_per_cluster * 2).reshape(2, -1) % len(pictures)
+    state = TrainingState(model, Splits(train=pictures), config)
+    state.tree = average_linkage(clustered_points(len(pictures), 8, 0.0), geometry="cosine")
+    (folder / "checkpoints").mkdir()
     began = time.perf_counter()
     with Reporter(folder, config) as report:
-        batch = clusters_to_learn(levels, small)(0).reshape(-1, config.mining.pictures_per_cluster)
-        tree = average_linkage(clustered_points(len(pictures), 8, 0.0), geometry="cosine")
-        report.hierarchy(0, tree, levels.numpy(), pictures, batch)
-        state.tree = tree
-        (folder / "checkpoints").mkdir()
+        report.hierarchy(0, state.tree, levels.numpy(), pictures, batch)
         state.save(folder, report.settle)
         record = time.perf_counter() - began
         shown, _ = _timed(lambda: _show(report, pictures), torch.device("cpu"))
-    return seconds, views, record, shown / len(pictures)
+    return record, shown / len(pictures)
 
 
 def _show(report: Reporter, pictures: Pictures) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from uhml import distributed
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         machine = _machine(args.gpu, ranks, device)
         logger.info("Measuring on %s for about half a minute.", device)
         with _quiet():
-            measured = calibrate(config, sample, sizes.train, device)
+            measured = calibrate(config, sample, sizes.train, device, computes=machine.gpu is None)
         plan = make_plan(config, sizes, ranks, machine, measured)
         if args.json:
             print(json.dumps(_plain(plan), indent=2))
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _pictures(config: Config, num_pictures: int | None, stack: contextlib.ExitStack) -> tuple[Sizes, Pictures]:
     """Return how many pictures the run has, and some of them, or others where they are not here."""
+    taken = max(SAMPLE, config.clusters_per_batch * config.mining.pictures_per_cluster)
     try:
         splits = list_pictures(config.data)
     except UserError as e:
@@ -109,9 +111,9 @@ def _pictures(config: Config, num_pictures: int | None, stack: contextlib.ExitSt
             raise UserError(f"{e} To plan for pictures that are elsewhere, give their number with --pictures.") from e
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         logger.info("The pictures are not here: others, of 500 x 375 pixels, are read instead.")
-        return Sizes(train=num_pictures), stand_ins(Path(folder))
+        pictures = stand_ins(Path(folder))
+        return Sizes(train=num_pictures), pictures.select(np.arange(min(taken, num_pictures)) % len(pictures))
     n = len(splits.train)
-    taken = max(SAMPLE, config.clusters_per_batch * config.mining.pictures_per_cluster)
     sizes = Sizes(
         train=num_pictures or n,
         test=len(splits.test) if splits.test else 0,

@@ -57,3 +57,5 @@ CUDA_HOST = 2 * GB
 """Bytes of host memory that CUDA and its libraries take in each process."""
 DISK = GB / 2
 """Bytes per second that are written to the folder of the run."""
+LOADER_START = 1.0
+"""Seconds until the processes that read pictures have a first batch."""

@@ -237,15 +237,16 @@ def _host_of_node(
 
 def _speed_here(config: Config, ranks: Ranks, machine: Machine, measured: Calibration) -> Speed:
     """Ranks without GPUs share the cores of their node; those with one have it to themselves."""
+    assert measured.pace is not None, "where no data sheet is planned for, this machine has computed"
     sharing = 1 if machine.on_gpu else ranks.per_node
     per_node = ranks.per_node if machine.on_gpu else 1
     readers = max(1, min(config.data.num_workers * ranks.per_node, len(os.sched_getaffinity(0))))
     exchange = costs.seconds_of_exchange(measured.network.learned, ranks, hardware.GLOO, hardware.NODE_NETWORK)
     return Speed(
-        view=measured.view / per_node,
-        picture=measured.picture / per_node,
+        view=measured.pace.view / per_node,
+        picture=measured.pace.picture / per_node,
         checked=measured.decode / readers,
-        start=measured.start,
+        start=measured.pace.start,
         exchange=exchange,
         search=_times(measured.search, sharing),
         linkage=measured.linkage,
@@ -272,7 +273,7 @@ def _speed_of_gpu(config: Config, ranks: Ranks, gpu: Gpu, measured: Calibration)
         view=_with_reading(view, measured.read_view, workers) / ranks.per_node,
         picture=_with_reading(picture, measured.read_picture, workers) / ranks.per_node,
         checked=measured.decode / max(1, workers) / ranks.per_node,
-        start=measured.start,
+        start=hardware.LOADER_START,
         exchange=max(0.0, exchange - backward),
         # A product, written, and read twice to select the least.
         search=Growth(0.0, 2 * (d + 2) / (gpu.float32 * ARITHMETIC_SHARE) + 3 * FLOAT / bandwidth),
@@ -326,11 +327,13 @@ def _limits(config: Config, sizes: Sizes, ranks: Ranks, machine: Machine, measur
 
 
 def _assumptions(config: Config, machine: Machine, measured: Calibration) -> list[str]:
-    said = [
-        f"Measured here, on {torch.get_num_threads()} cores, with steps of {measured.views} views; the machine is "
-        "taken to be as busy during the run as it was now."
-    ]
-    if machine.gpu is not None:
+    if machine.gpu is None:
+        assert measured.pace is not None
+        said = [
+            f"Measured here, on {torch.get_num_threads()} cores, with steps of {measured.pace.views} views; the "
+            "machine is taken to be as busy during the run as it was now."
+        ]
+    else:
         gpu = machine.gpu
         said = [
             f"{machine.name}, by its data sheet: {gpu.bfloat16 / 1e12:.0f} TFLOP/s in bfloat16, "
