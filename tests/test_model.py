@@ -190,6 +190,24 @@ def test_a_vision_transformer_fits_its_positions_to_the_size_of_the_pictures():
         build("torchvision/vit_b_32")
 
 
+@pytest.mark.parametrize("pooling", ["default", "max", "avgmax"])
+def test_pooling_of_the_map_of_features(pooling):
+    torch.manual_seed(0)
+    backbone = build_backbone(ModelConfig(backbone="test_efficientnet", weights="random", pooling=pooling), 64)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        grid = backbone.network.forward_features(images)
+        average, maximum = grid.mean((2, 3)), grid.amax((2, 3))
+        wanted = {"default": average, "max": maximum, "avgmax": (average + maximum) / 2}[pooling]
+        torch.testing.assert_close(backbone(images), wanted)
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "beit_base_patch16_224"])
+def test_a_network_without_a_choice_of_pooling_says_so(name):
+    with pytest.raises(UserError, match=r"model\.pooling=max"):
+        build_backbone(ModelConfig(backbone=name, weights="random", pooling="max"), 224)
+
+
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_vit", "torchvision/resnet18"])
 def test_mean_and_std_are_those_of_the_weights(name):
     backbone = build(name)

@@ -105,6 +105,10 @@ class ModelConfig:
     """A checkpoint of another run to take the weights of backbone and head from. The run starts at step 0 all the
     same, with a new optimizer, and the head is not fitted anew."""
 
+    pooling: Literal["default", "max", "avgmax"] = "default"
+    """How a timm network turns its map of features into one vector: as its weights were trained, by the maximum, or by
+    the mean of average and maximum (after Kim et al., CVPR 2020), which sees a small thing that tells two apart."""
+
     embedding_dim: Count = 128
     """Number of dimensions of the embedding."""
 

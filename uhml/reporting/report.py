@@ -24,6 +24,7 @@ from uhml.errors import UserError
 from uhml.files import write_whole
 from uhml.hierarchy import Dendrogram
 from uhml.hierarchy.plot import draw_top
+from uhml.hierarchy.quality import dendrogram_purity
 from uhml.metrics import Scores
 from uhml.reporting import hyperparameters
 from uhml.reporting.figures import draw_batch, draw_clusters
@@ -146,6 +147,10 @@ class Reporter:
                 self.tensorboard.add_histogram(f"cluster_sizes/level{k}", sizes, step)
                 self.tensorboard.add_image(f"clusters/level{k}", draw_clusters(level, pictures), step)
                 summary.append(f"{len(sizes)} clusters (largest {sizes.max()})")
+            # How good the tree is, where that can be known; nothing learns from it.
+            for name, labels in (("", pictures.labels), ("super_", pictures.super_labels)):
+                if labels is not None:
+                    figures[f"{name}dendrogram_purity"] = dendrogram_purity(tree, labels)
             self.tensorboard.add_figure("hierarchy/tree", tops, step)
             self.tensorboard.add_figure("hierarchy/batch", batches, step)
         self.scalars("hierarchy", step, figures)
