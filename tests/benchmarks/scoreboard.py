@@ -18,6 +18,7 @@ from pathlib import Path
 
 ARTICLE = [
     "model.projector=false",
+    "model.pooling=default",
     "model.head_init=random",
     "model.curvature=1.0",
     "model.clip_radius=1.0",
@@ -39,7 +40,8 @@ ROWS = {
     "one-level": ("ours, one level", "uhml train", ["hierarchy.cuts=[0.85]"]),
     "one-view": ("ours, without two views", "uhml train", ["mining.num_views=1"]),
     "contrastive": ("contrastive loss on one level", "rows.py contrastive", []),
-    "simclr": ("SimCLR (lightly)", "rows.py simclr", []),
+    "simclr": ("SimCLR (lightly), behind our head", "rows.py simclr", []),
+    "stml": ("STML (official code), behind our head", "rows.py stml", []),
     "article": ("the article's plain setting", "uhml train", ARTICLE),
 }
 
@@ -85,6 +87,8 @@ def table(args):
             backbone = cell(found, "trained", "backbone").split(" | ")[0]
             seconds = statistics.median(result["seconds"] for result in found)
             lines.append(f"| {ROWS[row][0]} | {len(found)} | {cell(found, 'trained')} | {backbone} | {seconds:.0f} |")
+            if row == "stml":
+                lines.append(f"| STML, its own embedding | {len(found)} | {cell(found, 'own')} | | |")
     lines.append("")
     for row in ROWS:
         typed = ["python", *command(row, args, "S", f"OUT/{row}/seed-S")]
