@@ -108,6 +108,19 @@ def finished(shapes, config, tmp_path):
     return run_dir
 
 
+def test_a_cache_changes_nothing(shapes, config, tmp_path):
+    small = ("model.backbone=test_efficientnet.r160_in1k", "model.weights=random", "train.num_steps=3")
+    options = {"files": (), "cache": (f"data.cache={tmp_path / 'kept'}", "data.reduce_to=40", "data.num_workers=0")}
+    for name, more in options.items():
+        assert run(config, shapes, tmp_path / name, *small, *more) == 0
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+    for kind in ("train", "hierarchy", "scores"):
+        theirs, ours = (figures(tmp_path / name, kind) for name in options)
+        assert ours == theirs
+    theirs, ours = (read_file(tmp_path / name / "checkpoints" / "step-00000003.pt")["model"] for name in options)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 def test_run_leaves_exactly_these_files(finished, shapes, config):
     found = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file()}
     events = {name for name in found if name.startswith("tensorboard/events.out.tfevents.")}

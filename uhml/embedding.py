@@ -183,5 +183,6 @@ def what_rows_depend_on(trained: Trained, pictures: Pictures) -> dict[str, str]:
     return {
         "checkpoint": checkpoint,
         "pictures": hashlib.sha256("\0".join(pictures.paths).encode(errors="surrogateescape")).hexdigest(),
-        "size": f"{data.image_size} {data.fit} {data.center_crop} {trained.config.model.inference_precision}",
+        "size": f"{data.reduce_to} {data.image_size} {data.fit} {data.center_crop} "
+        f"{trained.config.model.inference_precision}",
     }

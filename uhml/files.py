@@ -8,13 +8,17 @@ from typing import IO
 
 
 @contextlib.contextmanager
-def opened_aside(path: Path) -> Iterator[IO[bytes]]:
+def opened_aside(path: Path, mark: str = "") -> Iterator[IO[bytes]]:
     """Open a file that takes its place at ``path`` when the block ends well; otherwise nothing has happened.
 
     It is written aside, forced to the disk and renamed: who opens ``path`` at any time, also after the machine lost its
     power, finds all of what was there before or all of what is there now.
+
+    Args:
+        path: the file.
+        mark: in the name of the file aside, where several processes may write to ``path`` at a time: of this one.
     """
-    aside = path.with_name(f"{path.name}.partial")
+    aside = path.with_name(f"{path.name}{mark}.partial")
     try:
         with aside.open("wb") as file:
             yield file

@@ -75,10 +75,13 @@ def code_of(out):
     return code
 
 
-@pytest.mark.parametrize("fit", ["crop", "squash"])
+@pytest.mark.parametrize(("fit", "reduce_to"), [("crop", None), ("squash", None), ("crop", 50), ("squash", 55)])
 @pytest.mark.parametrize("format", ["safetensors", "onnx"])
-def test_the_code_in_the_card_gives_the_networks_points(make_run, pictures, tmp_path, monkeypatch, format, fit):
-    run = make_run(data={"fit": fit}, inference_precision="bfloat16" if format == "onnx" else "float32")
+def test_the_code_in_the_card_gives_the_networks_points(
+    make_run, pictures, tmp_path, monkeypatch, format, fit, reduce_to
+):
+    data = {"fit": fit, "reduce_to": reduce_to}
+    run = make_run(data=data, inference_precision="bfloat16" if format == "onnx" else "float32")
     out = tmp_path / "deep" / "out"
     assert cli.main(["export", str(run), "--format", format, "--out", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["README.md", f"model.{format}"]

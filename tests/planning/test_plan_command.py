@@ -12,6 +12,7 @@ def test_a_tiny_run_is_planned_as_tables(words, capsys):
     assert cli.main(["plan", *words]) == 0
     said = capsys.readouterr()
     assert "5 steps of 16 views, 24 training pictures, on this machine's CPU" in said.out
+    assert "data.cache" not in said.out
     for part in ("training steps", "linkage", "evaluation", "rank 0, host", "checkpoints"):
         assert part in said.out
     assert "Rank 0 has the memory for" in said.err
@@ -28,6 +29,14 @@ def test_json_holds_the_whole_plan_and_its_parts_add_up(words, capsys):
     assert plan["memory_of_rank"] == 0.92 * 80e9
     assert plan["wire"] > plan["least_wire"] > plan["network"]["learned"]
     assert plan["num_hierarchies"] == plan["num_evaluations"] == 4
+
+
+def test_a_cache_is_counted_and_not_yet_made(words, tmp_path, capsys):
+    options = ["--json", "--gpu", "h100", "model.backbone=test_efficientnet.r160_in1k", "model.weights=random"]
+    cache = tmp_path / "cache"
+    assert cli.main(["plan", *words, f"data.cache={cache}", "data.reduce_to=40", *options]) == 0
+    assert json.loads(capsys.readouterr().out)["cache"] == 48 * 40 * 40 * 3
+    assert not cache.exists()
 
 
 def test_a_faster_gpu_learns_no_slower_and_reading_is_told_to_limit_it(words, capsys):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from uhml import distributed
-from uhml.data.decode import UnreadablePicture, load_rgb
+from uhml.data.decode import UnreadablePicture
 from uhml.data.pictures import Pictures
 from uhml.data.workers import Loader
 
@@ -29,7 +29,7 @@ class _Share(Dataset[Tensor]):
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Tensor:
-        return self.transform(load_rgb(self.pictures.paths[self.rows[i]]))
+        return self.transform(self.pictures.load(self.rows[i]))
 
 
 class _ReadableShare(Dataset[tuple[Tensor, str]]):
@@ -84,7 +84,7 @@ class _Views(Dataset[Any]):
         self.pictures, self.transform, self.seed = pictures, transform, seed
 
     def __getitem__(self, view: _View) -> tuple[Tensor, int]:
-        image = load_rgb(self.pictures.paths[view.picture])
+        image = self.pictures.load(view.picture)
         # torchvision's transforms draw from torch's global generator; leave it as it was for the training process.
         with torch.random.fork_rng(devices=[]):
             seed = np.random.SeedSequence((self.seed, view.step, view.row)).generate_state(1, np.uint64)[0]

@@ -5,6 +5,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+
+from uhml.data.cache import Cached
+from uhml.data.decode import load_rgb
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -24,6 +28,8 @@ class Pictures:
     """In sorted order. A class may be without pictures, after :meth:`select`."""
     super_class_names: tuple[str, ...] = ()
     """In sorted order."""
+    cached: Cached | None = None
+    """Where they are kept decoded, if they are."""
 
     @classmethod
     def from_names(
@@ -52,6 +58,15 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def load(self, i: int) -> Image.Image:
+        """Return the i-th picture for the network, from the cache where there is one.
+
+        Raises:
+            UnreadablePicture: it cannot be decoded.
+        """
+        image = None if self.cached is None else self.cached.load(i)
+        return load_rgb(self.paths[i]) if image is None else image
+
     def select(self, indices: Sequence[int] | NDArray[np.integer]) -> "Pictures":
         """Return the pictures at ``indices``, in that order. Classes keep their numbers and names."""
         rows = np.asarray(indices, dtype=np.int64)
@@ -60,6 +75,7 @@ class Pictures:
             paths=tuple(self.paths[i] for i in rows),
             labels=None if self.labels is None else self.labels[rows],
             super_labels=None if self.super_labels is None else self.super_labels[rows],
+            cached=None if self.cached is None else self.cached.select(rows),
         )
 
 

@@ -18,7 +18,7 @@ def training_transform(config: DataConfig, mean: tuple[float, ...], std: tuple[f
         mean: of each colour channel, as the backbone expects it, of values in 0..1.
         std: likewise.
     """
-    steps: list[nn.Module] = [RandomCrop(config)]
+    steps: list[nn.Module] = [Reduce(config.reduce_to), RandomCrop(config)]
     if config.augment_flip:
         steps.append(v2.RandomHorizontalFlip())
     if config.augment_color:
@@ -27,6 +27,25 @@ def training_transform(config: DataConfig, mean: tuple[float, ...], std: tuple[f
     if config.augment_gray:
         steps.append(v2.RandomGrayscale(config.augment_gray))
     return v2.Compose([*steps, *_to_tensor(mean, std)])
+
+
+def reduced(image: Image.Image, side: int | None) -> Image.Image:
+    """Return a picture reduced to ``side`` pixels along its shorter side; as it is if it has no more, or for None."""
+    if side is None or min(image.size) <= side:
+        return image
+    return v2.functional.resize(image, [side], BICUBIC)
+
+
+class Reduce(nn.Module):
+    """Reduces larger pictures; those from a cache have been through it."""
+
+    def __init__(self, side: int | None) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        """Reduce."""
+        return reduced(image, self.side)
 
 
 class RandomCrop(nn.Module):
@@ -60,7 +79,7 @@ def plain_transform(config: DataConfig, mean: tuple[float, ...], std: tuple[floa
         steps: list[nn.Module] = [v2.Resize((side, side), interpolation=BICUBIC)]
     else:
         steps = [v2.Resize(round(side / config.center_crop), interpolation=BICUBIC), v2.CenterCrop(side)]
-    return v2.Compose([*steps, *_to_tensor(mean, std)])
+    return v2.Compose([Reduce(config.reduce_to), *steps, *_to_tensor(mean, std)])
 
 
 def _to_tensor(mean: tuple[float, ...], std: tuple[float, ...]) -> list[nn.Module]:

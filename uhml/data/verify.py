@@ -1,12 +1,14 @@
 """From the data section of the config to pictures that are known to be readable."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from uhml import distributed
 from uhml.config import DataConfig
+from uhml.data.cache import cache_pictures
 from uhml.data.datasets import load_splits
 from uhml.data.decode import UnreadablePicture, find_unreadable
 from uhml.data.pictures import Pictures, Splits
@@ -40,12 +42,19 @@ def list_pictures(config: DataConfig) -> Splits:
 def readable_pictures(splits: Splits, config: DataConfig) -> Splits:
     """Decode each picture once, so that no run stumbles over a bad one. A collective.
 
+    With ``data.cache`` this is where they come into the cache; those that are there already are known to be well.
+
     Raises:
+        Preempted: the run was asked to end.
+        UserError: the cache cannot be written.
         UnreadablePicture: a picture cannot be read, and ``data.skip_corrupt`` is not set.
     """
-    parts = {"train": splits.train, "test": splits.test, "gallery": splits.gallery}
     said = {"train": "train", "test": config.score_on, "gallery": "gallery"}
-    readable = {name: _readable(part, said[name], config) for name, part in parts.items() if part is not None}
+    parts = {name: part for name in said if (part := getattr(splits, name)) is not None}
+    if config.cache is not None:
+        found = cache_pictures([part.paths for part in parts.values()], config)
+        parts = {name: replace(part, cached=c) for (name, part), c in zip(parts.items(), found, strict=True)}
+    readable = {name: _readable(part, said[name], config) for name, part in parts.items()}
     for name, part in readable.items():
         classes = f" of {len(np.unique(part.labels))} classes" if part.labels is not None else ""
         logger.info("%s: %d pictures%s", said[name], len(part), classes)
@@ -53,7 +62,12 @@ def readable_pictures(splits: Splits, config: DataConfig) -> Splits:
 
 
 def _readable(pictures: Pictures, name: str, config: DataConfig) -> Pictures:
-    refused = find_unreadable(pictures.paths, config.num_workers)
+    if pictures.cached is None:
+        refused = find_unreadable(pictures.paths, config.num_workers)
+    else:
+        absent = pictures.cached.absent()
+        found = find_unreadable([pictures.paths[row] for row in absent], config.num_workers)
+        refused = [(int(absent[i]), reason) for i, reason in found]
     if not refused:
         return pictures
     first = f"{pictures.paths[refused[0][0]]} {refused[0][1]}"

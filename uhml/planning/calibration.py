@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from uhml import poincare
 from uhml.config import Config
-from uhml.data.decode import load_rgb
+from uhml.data.cache import bytes_per_picture
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.transforms import plain_transform, training_transform
 from uhml.embedding import embed_rounds
@@ -76,6 +76,7 @@ class Calibration:
         read_view: of reading and augmenting one view, in one process.
         read_picture: of reading one picture to be embedded, likewise.
         decode: of decoding one picture, likewise.
+    picture_bytes: of one picture in the cache, where there is one.
         search: see :class:`uhml.planning.costs.Speed`, and so are the next five.
         linkage: see there.
         retrieval: see there.
@@ -90,6 +91,7 @@ class Calibration:
     read_view: float
     read_picture: float
     decode: float
+    picture_bytes: float
     search: Growth
     linkage: Growth
     retrieval: Growth
@@ -120,9 +122,10 @@ def calibrate(
     network = measure_network(model, config)
     model.to(device)
     mean, std = model.backbone.mean, model.backbone.std
-    read_view = _seconds_each(training_transform(config.data, mean, std), pictures)
-    read_picture = _seconds_each(plain_transform(config.data, mean, std), pictures)
-    decode = _seconds_each(lambda image: image, pictures)
+    chosen = pictures.select(range(min(READ, len(pictures))))
+    read_view = _seconds_each(training_transform(config.data, mean, std), chosen)
+    read_picture = _seconds_each(plain_transform(config.data, mean, std), chosen)
+    decode = _seconds_each(lambda image: image, dataclasses.replace(chosen, cached=None))
     pace = None
     with tempfile.TemporaryDirectory() as folder:
         if computes:
@@ -138,6 +141,7 @@ def calibrate(
         read_view=read_view,
         read_picture=read_picture,
         decode=decode,
+        picture_bytes=bytes_per_picture(pictures.paths, config.data.reduce_to) if config.data.cache else 0.0,
         search=search,
         linkage=linkage,
         retrieval=scoring[0],
@@ -205,11 +209,10 @@ def _widest(model: Embedder, images: Tensor) -> int:
 
 
 def _seconds_each(transform: Callable[[Image.Image], Any], pictures: Pictures) -> float:
-    chosen = pictures.paths[:READ]
     start = time.perf_counter()
-    for path in chosen:
-        transform(load_rgb(path))
-    return (time.perf_counter() - start) / len(chosen)
+    for i in range(len(pictures)):
+        transform(pictures.load(i))
+    return (time.perf_counter() - start) / len(pictures)
 
 
 def _embedding(model: Embedder, config: Config, pictures: Pictures) -> tuple[float, float]:

@@ -16,7 +16,8 @@ import torch
 
 from uhml import distributed
 from uhml.commands.options import console
-from uhml.config import Config, load_config
+from uhml.config import Config, DataConfig, load_config
+from uhml.data.cache import cache_pictures
 from uhml.data.pictures import Pictures
 from uhml.data.verify import list_pictures
 from uhml.errors import UserError
@@ -86,6 +87,8 @@ def run(args: argparse.Namespace) -> None:
     ):
         sizes, sample = _pictures(config, args.pictures, stack)
         check_batch_fits(sizes.train, config)
+        if config.data.cache is not None:
+            sample = _cached(sample, config.data, Path(stack.enter_context(tempfile.TemporaryDirectory())))
         machine = _machine(args.gpu, ranks, device)
         logger.info("Measuring on %s for about half a minute.", device)
         with _quiet():
@@ -120,6 +123,13 @@ def _pictures(config: Config, num_pictures: int | None, stack: contextlib.ExitSt
         gallery=len(splits.gallery) if splits.gallery else 0,
     )
     return sizes, splits.train.select(evenly(n, taken))
+
+
+def _cached(pictures: Pictures, config: DataConfig, folder: Path) -> Pictures:
+    """Keep some pictures as the run would, but where they are gone afterwards."""
+    with _quiet():
+        (cached,) = cache_pictures([pictures.paths], dataclasses.replace(config, cache=str(folder)))  # type: ignore[type-var]
+    return dataclasses.replace(pictures, cached=cached)
 
 
 def _machine(gpu: str | None, ranks: Ranks, device: torch.device) -> Machine:

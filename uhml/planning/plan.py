@@ -66,6 +66,7 @@ class Plan:
     num_kept: int
     hierarchy: int
     num_hierarchies: int
+    cache: int
     num_evaluations: int
     limits: tuple[str, ...]
     assumptions: tuple[str, ...]
@@ -114,6 +115,7 @@ def make_plan(config: Config, sizes: Sizes, ranks: Ranks, machine: Machine, meas
         num_kept=costs.num_kept(config),
         hierarchy=hierarchy,
         num_hierarchies=costs.num_hierarchies(config),
+        cache=round(measured.picture_bytes * (sizes.train + sizes.test + sizes.gallery)),
         num_evaluations=costs.num_evaluations(config) if sizes.test else 0,
         limits=tuple(_limits(config, sizes, ranks, machine, measured)),
         assumptions=tuple(_assumptions(config, machine, measured)),

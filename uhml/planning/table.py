@@ -66,6 +66,8 @@ def _rest(plan: Plan) -> Table:
         table.add_row("a rank's exchange in a step", _size(plan.wire), f"{share:.3f} of the least possible")
     table.add_row("checkpoints", _size(plan.checkpoints), f"{plan.num_kept} at once, {_size(plan.checkpoint)} each")
     table.add_row("hierarchies", _size(plan.hierarchies), f"{plan.num_hierarchies}, {_size(plan.hierarchy)} each")
+    if plan.cache:
+        table.add_row("pictures in data.cache", _size(plan.cache), "kept for other runs")
     return table
 
 

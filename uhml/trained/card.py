@@ -59,6 +59,12 @@ images = np.stack([read("a.jpg"), read("b.jpg")]).astype(np.float32)
 (points,) = session.run(["points"], {{"images": images}})
 """
 
+REDUCE_CODE = """\
+    if min(picture.size) > {reduce_shorter_side_to}:
+        smaller = ({reduce_shorter_side_to} * side // min(picture.size) for side in picture.size)
+        picture = picture.resize(tuple(smaller), Image.Resampling.BICUBIC)
+"""
+
 CROP_CODE = """\
     width, height = ({resize_shorter_side} * side // min(picture.size) for side in picture.size)
     left, top = round((width - {size}) / 2), round((height - {size}) / 2)
@@ -162,7 +168,8 @@ def _use(trained: Trained, file: str, difference: float | None) -> str:
             f" They are computed in float32; uhml itself does so in {trained.config.model.inference_precision}, as the "
             "recipe says, and differs by that."
         )
-    fit = (CROP_CODE if shape["fit"] == "crop" else SQUASH_CODE).format_map(shape)
+    reduce = REDUCE_CODE if "reduce_shorter_side_to" in shape else ""
+    fit = (reduce + (CROP_CODE if shape["fit"] == "crop" else SQUASH_CODE)).format_map(shape)
     code = ONNX_CODE.format(fit=fit, mean=shape["mean"], std=shape["std"])
     return (
         f"`{file}` maps `images` [batch, 3, {side}, {side}] float32 to `points` "
@@ -190,7 +197,7 @@ def _without_folders(config: Config) -> Config:
     replace: Any = dataclasses.replace  # mypy does not see that pydantic's dataclasses are such
     return replace(
         config,
-        data=replace(data, root=data.root and Path(data.root).name),
+        data=replace(data, root=data.root and Path(data.root).name, cache=None),
         model=replace(
             model, weights=Path(model.weights).name, init_from=model.init_from and Path(model.init_from).name
         ),

@@ -37,6 +37,7 @@ def preprocessing(trained: Trained) -> dict[str, Any]:
     crop = {"resize_shorter_side": round(data.image_size / data.center_crop)} if data.fit == "crop" else {}
     return {
         "size": data.image_size,
+        **({} if data.reduce_to is None else {"reduce_shorter_side_to": data.reduce_to}),
         "fit": data.fit,
         **crop,
         "interpolation": "bicubic",

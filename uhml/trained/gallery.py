@@ -3,10 +3,10 @@
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 
 from uhml import distributed
+from uhml.data.decode import stamp
 from uhml.data.pictures import Pictures
 from uhml.embedding import embed_to_file, what_rows_depend_on
 from uhml.files import write_whole
@@ -63,6 +63,5 @@ def _files(pictures: Pictures) -> str:
     """Return what the pictures' files are recognised by without reading them."""
     found = hashlib.sha256()
     for path in pictures.paths:
-        about = os.stat(path)
-        found.update(f"{about.st_size} {about.st_mtime_ns}\n".encode())
+        found.update("{} {}\n".format(*stamp(path)).encode())
     return found.hexdigest()

@@ -1,0 +1,269 @@
+"""Decoded pictures kept on the disk, so that they are decoded once and not in every epoch of every run.
+
+The pictures of a list lie ``PER_FILE`` to a file, as raw RGB in their own shapes. A file is named by the digest of all
+that its contents depend on: names, sizes and times of the pictures, and how they are decoded and reduced. So nothing is
+ever out of date, a picture that changes costs one file, and launches that fill one folder at the same time help each
+other. Files are written aside and renamed: one that is there is whole, and a launch that was ended goes on.
+"""
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import random
+import shutil
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import Dataset
+
+from uhml import distributed
+from uhml.config import DataConfig
+from uhml.data.decode import UnreadablePicture, load_rgb, stamp
+from uhml.data.transforms import reduced
+from uhml.data.workers import Loader, next_together
+from uhml.environment import place
+from uhml.errors import UserError, known_everywhere
+from uhml.files import opened_aside
+from uhml.progress import progress
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+
+FORMAT = 1
+"""To be raised whenever the files look otherwise, or ``load_rgb`` or ``reduced`` give other pixels."""
+
+PER_FILE = 256
+MAX_OPEN = 128
+SAMPLED = 64
+SUFFIX = ".pixels"
+
+SECONDS_UNTIL_ABANDONED = 3600
+"""A file that nothing was written to for so long is no longer being written."""
+
+
+class Cached(NamedTuple):
+    """Where some pictures are kept.
+
+    Attributes:
+        files: the files of the list that the pictures are of.
+        rows: ``[n]``, each picture's place in that list.
+    """
+
+    files: tuple[Path, ...]
+    rows: NDArray[np.int64]
+
+    def select(self, rows: NDArray[np.int64]) -> "Cached":
+        """Return where the pictures at ``rows`` of these are kept."""
+        return Cached(self.files, self.rows[rows])
+
+    def load(self, i: int) -> Image.Image | None:
+        """Return the i-th picture; None if it could not be decoded, or if the cache was removed meanwhile."""
+        number, row = divmod(int(self.rows[i]), PER_FILE)
+        try:
+            table, pixels = _opened(self.files[number])
+        except FileNotFoundError:
+            return None
+        start, height, width = table[row].tolist()
+        if not height:
+            return None
+        return Image.fromarray(pixels[start : start + height * width * 3].reshape(height, width, 3))
+
+    def absent(self) -> NDArray[np.int64]:
+        """Return which of the pictures could not be decoded."""
+        tables = [_table(np.memmap(file, mode="r")) for file in self.files]
+        heights = np.concatenate([table[:, 1] for table in tables]) if tables else np.empty(0, np.int64)
+        return np.flatnonzero(heights[self.rows] == 0)
+
+
+def cache_pictures(lists: Sequence[Sequence[str]], config: DataConfig) -> list[Cached]:
+    """Return where the pictures of some lists are kept, and keep those that are not yet. A collective.
+
+    All ranks decode together, each its share, first as if all machines saw one folder; then the ranks of a machine
+    make for themselves what they do not see there.
+
+    Args:
+        lists: of files, the same on every rank.
+        config: for the folder, the size and the number of workers.
+
+    Raises:
+        Preempted: the run was asked to end. What is kept stays.
+        UserError: the folder cannot be written, or there is too little room.
+    """
+    assert config.cache is not None
+    folder = Path(config.cache).expanduser().absolute()
+    groups = [paths[i : i + PER_FILE] for paths in lists for i in range(0, len(paths), PER_FILE)]
+    files = [folder / f"{name}{SUFFIX}" for name in _names(groups, config.reduce_to)]
+
+    def missing() -> list[int]:
+        try:
+            return [i for i, file in enumerate(files) if not _is_whole(file, len(groups[i]))]
+        except OSError as e:
+            raise _refusal(config, e) from e
+
+    if distributed.all_reduce_max(len(distributed.on_every_rank(missing))):
+        distributed.on_every_rank(lambda: _make_room(folder, [groups[i] for i in missing()], config))
+        here = place()
+        for number, num_ranks in (
+            (distributed.rank(), distributed.world_size()),
+            (here.local_rank, here.local_world_size),
+        ):
+            # Listed while no rank writes, or the shares would not be shares of the same.
+            own = distributed.on_every_rank(missing)[number::num_ranks]
+            # In no order: launches that start together shall not all make the same file at a time.
+            random.Random(os.urandom(8)).shuffle(own)
+            _fill([(files[i], groups[i]) for i in own], config)
+        if distributed.all_reduce_max(len(distributed.on_every_rank(missing))):
+            raise known_everywhere(
+                UserError(f"data.cache={config.cache}: files that were written are not there. Take another folder.")
+            )
+    _opened.cache_clear()
+    taken = 0
+    found = []
+    for paths in lists:
+        num_files = -(-len(paths) // PER_FILE)
+        found.append(Cached(tuple(files[taken : taken + num_files]), np.arange(len(paths))))
+        taken += num_files
+    return found
+
+
+def _names(groups: Sequence[Sequence[str]], reduce_to: int | None) -> list[str]:
+    """Return what tells the contents of each file from those of any other. A collective."""
+
+    def name(paths: Sequence[str]) -> str:
+        digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {reduce_to}".encode())
+        for path in paths:
+            # The whole path: sizes and times are alike in an archive's folders of uncompressed pictures.
+            digest.update(b"\0" + os.fsencode(os.path.abspath(path)) + f"\0{stamp(path)}".encode())
+        return digest.hexdigest()
+
+    own = progress(distributed.share(len(groups)), "look for pictures in the cache", unit="file")
+    names = distributed.gather_objects([name(groups[i]) for i in own])
+    return [names[i % len(names)][i // len(names)] for i in range(len(groups))]
+
+
+def _make_room(folder: Path, groups: Sequence[Sequence[str]], config: DataConfig) -> None:
+    """Make the folder, and see whether there is room, on one rank of each machine."""
+    if place().local_rank != 0:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(f"*{SUFFIX}.*.partial"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > SECONDS_UNTIL_ABANDONED:
+                    path.unlink()
+        free = shutil.disk_usage(folder).free
+    except OSError as e:
+        raise _refusal(config, e) from e
+    paths = [path for group in groups for path in group]
+    need = len(paths) * bytes_per_picture(paths, config.reduce_to)
+    if need > free:
+        smaller = "" if config.reduce_to else ", reduce them with data.reduce_to"
+        raise UserError(
+            f"data.cache={config.cache} would take {need / GIB:.1f} GiB more for {len(paths):,} pictures, and "
+            f"{free / GIB:.1f} GiB are free there: take another folder{smaller}, or leave the cache out with "
+            "data.cache=null."
+        )
+    if paths and distributed.is_main():
+        logger.info(
+            "Decoding %s pictures into the cache, where they take about %.2f GiB; %.1f GiB are free.",
+            f"{len(paths):,}",
+            need / GIB,
+            free / GIB,
+        )
+
+
+def bytes_per_picture(paths: Sequence[str], reduce_to: int | None) -> float:
+    """Return how much of the disk a picture takes on average, from a sample of them that is decoded."""
+    sizes = []
+    for i in np.unique(np.linspace(0, len(paths) - 1, min(len(paths), SAMPLED)).astype(int)):
+        with contextlib.suppress(UnreadablePicture):
+            image = reduced(load_rgb(paths[i]), reduce_to)
+            sizes.append(3 * image.width * image.height)
+    return float(np.mean(sizes)) if sizes else 0.0
+
+
+def _fill(own: Sequence[tuple[Path, Sequence[str]]], config: DataConfig) -> None:
+    """Write this rank's files. A collective."""
+    loader = Loader(_Files(own, config), batch_size=1, num_workers=config.num_workers, collate_fn=list)
+    num_rounds = distributed.all_reduce_max(len(own))
+    with contextlib.closing(iter(loader)) as written:
+        for _ in progress(range(num_rounds), "decode pictures into the cache", unit="file"):
+            next_together(written, ())
+
+
+class _Files(Dataset[None]):
+    """Files that are written where they are asked for: in the worker processes."""
+
+    def __init__(self, own: Sequence[tuple[Path, Sequence[str]]], config: DataConfig) -> None:
+        self.own, self.config = own, config
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def __getitem__(self, i: int) -> None:
+        file, paths = self.own[i]
+        try:
+            # Another launch may have been quicker.
+            if not _is_whole(file, len(paths)):
+                _write(file, paths, self.config.reduce_to)
+        except OSError as e:
+            raise _refusal(self.config, e) from e
+
+
+def _write(file: Path, paths: Sequence[str], reduce_to: int | None) -> None:
+    """Write a table of where each picture starts, of its height and its width, and then the pictures.
+
+    A picture that cannot be decoded has height and width 0.
+    """
+    table = np.zeros((len(paths), 3), np.int64)
+    with opened_aside(file, f".{socket.gethostname()}-{os.getpid()}") as out:
+        out.write(table.tobytes())
+        for row, path in enumerate(paths):
+            table[row, 0] = out.tell()
+            with contextlib.suppress(UnreadablePicture):
+                pixels = np.asarray(reduced(load_rgb(path), reduce_to))
+                table[row, 1:] = pixels.shape[:2]
+                out.write(pixels.tobytes())
+        out.seek(0)
+        out.write(table.tobytes())
+
+
+def _is_whole(file: Path, num_pictures: int) -> bool:
+    """Return whether a file is there. Its length is looked at, should something else have cut it off."""
+    try:
+        with file.open("rb") as opened:
+            table = np.frombuffer(opened.read(24 * num_pictures), np.int64)
+            if len(table) < 3 * num_pictures or table[0] != table.nbytes:
+                return False
+            start, height, width = table[-3:].tolist()
+            return os.stat(opened.fileno()).st_size == start + height * width * 3
+    except (FileNotFoundError, ValueError):  # the latter for half a number
+        return False
+
+
+@functools.lru_cache(MAX_OPEN)
+def _opened(file: Path) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    pixels = np.memmap(file, mode="r")
+    return _table(pixels), pixels
+
+
+def _table(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
+    # The first picture starts where the table ends.
+    return pixels[: int(pixels[:8].view(np.int64)[0])].view(np.int64).reshape(-1, 3)
+
+
+def _refusal(config: DataConfig, error: OSError) -> UserError:
+    return UserError(
+        f"The cache data.cache={config.cache} cannot be used ({error.strerror or error}): make room, take another "
+        "folder, or leave the cache out with data.cache=null. The same command then goes on."
+    )
