@@ -224,6 +224,10 @@ class TrainConfig:
     global_batch_size: Annotated[int, Field(ge=4, strict=True)] = 128
     """Embeddings in one step over all ranks, every view counted."""
 
+    micro_batch_size: Count | None = None
+    """Embeddings that a rank's network makes at once in a step, for batches that do not fit its memory. The loss sees
+    the whole batch all the same, at the price of a second forward pass. Null makes all of them at once."""
+
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     """Seed of everything random. The same seed gives the same batches and augmentations on any number of ranks."""
 
@@ -259,13 +263,14 @@ FREE_TO_CHANGE = frozenset(
         "data.root",
         "data.num_workers",
         "train.device",
+        "train.micro_batch_size",
         "train.log_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",
     }
 )
 """Keys that a run may go on with at another value, unasked: none changes what is learned, but for rounding on another
-device. That other pictures lie under another ``data.root`` is noticed by their names."""
+device or in other micro-batches. That other pictures lie under another ``data.root`` is noticed by their names."""
 
 
 @_section
