@@ -243,6 +243,10 @@ class TrainConfig:
     keep_checkpoints: Count = 3
     """How many of the newest checkpoints are kept."""
 
+    profile_steps: Whole = 0
+    """Record so many steps of rank 0, after the first two, with torch's profiler, into the run's tensorboard/; ten
+    tell enough. TensorBoard shows them with torch-tb-profiler, and https://ui.perfetto.dev without."""
+
 
 @_section
 class EvalConfig:
@@ -267,6 +271,7 @@ FREE_TO_CHANGE = frozenset(
         "train.log_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.profile_steps",
     }
 )
 """Keys that a run may go on with at another value, unasked: none changes what is learned, but for rounding on another
@@ -471,7 +476,7 @@ def _contradictions(config: Config, num_ranks: int) -> Iterator[str]:
     if data.augment_scale[0] > data.augment_scale[1] or data.augment_ratio[0] > data.augment_ratio[1]:
         yield "data.augment_scale and data.augment_ratio go from the least to the greatest."
     yield from _cut_problems(hierarchy)
-    # geoopt pulls float32 points back to 0.996 of the ball's radius, which the exponential map reaches at this length.
+    # Where the exponential map reaches 0.996 of the ball's radius, to which geoopt pulls float32 points back.
     longest = math.atanh(0.996) / math.sqrt(config.model.curvature) if config.model.curvature else math.inf
     if config.model.clip_radius > longest:
         yield (

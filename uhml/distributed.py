@@ -22,7 +22,7 @@ import torch.distributed as dist  # noqa: TID251 (this is the one module that ma
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from uhml.environment import place
+from uhml.environment import keep_freed_memory, place
 from uhml.errors import RankFailed, UserError, known_everywhere
 from uhml.run import interruption
 from uhml.run.interruption import Preempted
@@ -64,6 +64,7 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
         rank_device = torch.device("cuda", here.local_rank)
     else:
         rank_device = torch.device("cpu")
+    keep_freed_memory()
     torch.set_num_threads(threads_per_rank())
     if here.launcher == "single":
         yield rank_device

@@ -1,7 +1,8 @@
 """The Poincaré ball of curvature -c: { x : c |x|² < 1 }. Flat space is the limit c = 0, and allowed everywhere.
 
-The exponential map is geoopt's. The distance between all pairs is our own: geoopt's goes by Möbius addition and
-artanh, which loses float32 digits first where points lie close together or near the edge; the arsinh form keeps them.
+The distance between all pairs is our own: geoopt's goes by Möbius addition and artanh, which loses float32 digits first
+where points lie close together or near the edge; the arsinh form keeps them. So is the exponential map at the origin:
+geoopt looks at the curvature on the device to choose a formula, for which each training step would wait for its GPU.
 """
 
 import math
@@ -22,6 +23,17 @@ def ball(curvature: float) -> geoopt.PoincareBall:
         delattr(fixed, name)
         fixed.register_buffer(name, value.detach().float(), persistent=False)
     return fixed
+
+
+def exponential_map(tangent: Tensor, curvature: float) -> Tensor:
+    """Map tangent vectors at the origin ``[n, d]`` to points of the ball: ``v tanh(sqrt(c) |v|) / (sqrt(c) |v|)``.
+
+    Vectors must not be so long that floats reach the edge; those of the head are clipped.
+    """
+    if curvature == 0:
+        return tangent
+    length = math.sqrt(curvature) * tangent.norm(dim=-1, keepdim=True).clamp_min(1e-15)
+    return tangent * (length.tanh() / length)
 
 
 class _EuclideanDistances(torch.autograd.Function):

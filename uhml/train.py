@@ -29,6 +29,7 @@ from uhml.mining import ClusterBatches
 from uhml.model import Embedder, FeatureMoments, build_embedder
 from uhml.progress import progress
 from uhml.reporting.guards import watch
+from uhml.reporting.profile import profiled
 from uhml.reporting.projector import project
 from uhml.reporting.report import Reporter
 from uhml.run import interruption
@@ -107,30 +108,32 @@ def learn(state: TrainingState, splits: Splits, config: Config, run: OpenRun, re
     loss_function = HierarchicalLogRatioLoss(config.loss.omega, num_levels)
     remaining = range(state.step, num_steps)
     steps = progress(remaining, "train", done=state.step, unit="step", note=state.stepper.note)
-    while state.step < num_steps:
-        if state.step % every == 0 or state.levels is None:
-            save(state, run, report)
-            discover_hierarchy(state, splits.train, config, run, report)
-            if config.eval.at_reclustering and state.step > 0:
-                score_now(state, splits, config, run, report)
-        assert state.levels is not None
-        run.status.phase("train")
-        until = min((state.step // every + 1) * every, num_steps)
-        with contextlib.closing(iter(cluster_batches(state, splits.train, config, until))) as batches:
-            for _ in itertools.islice(steps, until - state.step):
-                # Here all ranks agree to go on; an error or a signal on any of them ends all.
-                images, pictures = next_together(batches)
-                figures, batch = train_step(parallel, images, pictures, state, loss_function, config, run.folder)
-                if state.step in (1, num_steps) or state.step % config.train.log_every == 0:
-                    # Here alone, and where a hierarchy or a checkpoint is made, a step waits for the GPU.
-                    state.stepper.settle()
-                    report.scalars("train", state.step, {key: float(value) for key, value in figures.items()})
-                if state.step % every == 1 % every:
-                    pairs = batch.pairs(next(batch.blocks()), state.levels, config.model.curvature)
-                    report.distances(state.step, pairs, len(config.hierarchy.cuts))
-                if state.step % config.train.checkpoint_every == 0:
-                    save(state, run, report)
-                run.status.step(state.step)
+    with profiled(run.folder, config.train.profile_steps) as step_ends:
+        while state.step < num_steps:
+            if state.step % every == 0 or state.levels is None:
+                save(state, run, report)
+                discover_hierarchy(state, splits.train, config, run, report)
+                if config.eval.at_reclustering and state.step > 0:
+                    score_now(state, splits, config, run, report)
+            assert state.levels is not None
+            run.status.phase("train")
+            until = min((state.step // every + 1) * every, num_steps)
+            with contextlib.closing(iter(cluster_batches(state, splits.train, config, until))) as batches:
+                for _ in itertools.islice(steps, until - state.step):
+                    # Here all ranks agree to go on; an error or a signal on any of them ends all.
+                    images, pictures = next_together(batches)
+                    figures, batch = train_step(parallel, images, pictures, state, loss_function, config, run.folder)
+                    if state.step in (1, num_steps) or state.step % config.train.log_every == 0:
+                        # Here alone, and where a hierarchy or a checkpoint is made, a step waits for the GPU.
+                        state.stepper.settle()
+                        report.scalars("train", state.step, {key: float(value) for key, value in figures.items()})
+                    if state.step % every == 1 % every:
+                        pairs = batch.pairs(next(batch.blocks()), state.levels, config.model.curvature)
+                        report.distances(state.step, pairs, len(config.hierarchy.cuts))
+                    if state.step % config.train.checkpoint_every == 0:
+                        save(state, run, report)
+                    run.status.step(state.step)
+                    step_ends()
 
     save(state, run, report)
     discover_hierarchy(state, splits.train, config, run, report)
@@ -263,6 +266,7 @@ def cluster_batches(state: TrainingState, pictures: Pictures, config: Config, un
         num_views=config.mining.num_views,
         seed=config.train.seed,
         num_workers=config.data.num_workers,
+        pin_memory=state.model.device.type == "cuda",
     )
 
 
