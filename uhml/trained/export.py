@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import uhml
+from uhml import poincare
 from uhml.config import dump_config
 from uhml.errors import UserError
 from uhml.files import opened_aside
