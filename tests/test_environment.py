@@ -1,3 +1,7 @@
+import platform
+import subprocess
+import sys
+
 import pytest
 
 from uhml.environment import Place, place
@@ -34,3 +38,24 @@ def test_torchrun_comes_before_slurm_and_a_step_of_one_is_single(monkeypatch, va
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert place() == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc's own")
+def test_large_blocks_that_are_freed_are_kept_for_the_next():
+    code = """
+import ctypes, resource
+from uhml.environment import keep_freed_memory
+keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = ctypes.c_void_p(libc.malloc(2**27))
+    ctypes.memset(block, 1, 2**27)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(ended.stdout) < 20  # of 32,768 pages

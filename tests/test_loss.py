@@ -10,7 +10,8 @@ from ranks import run_ranks
 from torch import nn
 
 from uhml import distributed, poincare
-from uhml.loss import DISTANCE_FLOOR, HierarchicalLogRatioLoss, similarity_levels
+from uhml import loss as loss_module
+from uhml.loss import DISTANCE_FLOOR, Batch, HierarchicalLogRatioLoss, global_loss, similarity_levels
 
 omegas = st.floats(0.05, 0.95)
 seeds = st.integers(0, 2**32 - 1)
@@ -174,27 +175,23 @@ def _problem():
     return Net().double(), images, pictures, levels, HierarchicalLogRatioLoss(0.8, CUTS + 1)
 
 
-def _gradients_over_ranks():
-    """The recipe of the trainer: local anchors, gathered others, a loss that sums to the global one over ranks."""
+def _gradients_over_ranks(pairs_at_once):
+    """The recipe of the trainer: the loss of the whole batch, back through the points that this rank brought."""
+    loss_module.PAIRS_AT_ONCE = pairs_at_once
     model, images, pictures, levels, loss_function = _problem()
     b = B // distributed.world_size()
     own = slice(distributed.rank() * b, (distributed.rank() + 1) * b)
     parallel = distributed.data_parallel(model)
     points = parallel(images[own])
-    all_points = distributed.all_gather_with_gradient(points)
-    all_pictures = distributed.all_gather_with_gradient(pictures[own])
-    is_self = (torch.arange(B)[own, None]) == torch.arange(B)
-    distances = poincare.distance_matrix(points, all_points, CURVATURE)
-    total, anchors = loss_function(distances, similarity_levels(levels, pictures[own], all_pictures), is_self)
-    anchors = distributed.all_reduce_sum(anchors)
-    (distributed.world_size() * total / anchors).backward()
-    loss = distributed.all_reduce_sum(total) / anchors
-    return float(loss), [p.grad for p in model.parameters()]
+    batch = Batch.over_ranks(points, pictures[own])
+    found = global_loss(loss_function, batch, levels, CURVATURE)
+    points.backward(distributed.world_size() * found.gradient)
+    return float(found.loss), float(found.own), [p.grad for p in model.parameters()]
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_value_and_gradient_over_ranks_are_those_of_one_process(world_size):
+@pytest.mark.parametrize(("world_size", "pairs_at_once"), [(1, 2**20), (1, 5 * B), (2, 2**20), (2, 3), (4, 2**20)])
+def test_value_and_gradient_over_ranks_and_blocks_are_those_of_one_matrix(world_size, pairs_at_once):
     model, images, pictures, levels, loss_function = _problem()
     points = model(images)
     distances = poincare.distance_matrix(points, points, CURVATURE)
@@ -204,7 +201,17 @@ def test_value_and_gradient_over_ranks_are_those_of_one_process(world_size):
     loss.backward()
     expected = [p.grad for p in model.parameters()]
     assert all(gradient.abs().max() > 1e-3 for gradient in expected)
-    for found_loss, found in run_ranks(_gradients_over_ranks, world_size):
+    found = run_ranks(_gradients_over_ranks, world_size, pairs_at_once)
+    assert sum(own for _, own, _ in found) == pytest.approx(loss.item(), rel=1e-12)
+    for found_loss, _, gradients in found:
         assert found_loss == pytest.approx(loss.item(), rel=1e-12)
-        for a, b in zip(found, expected, strict=True):
+        for a, b in zip(gradients, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_blocks_are_each_row_once_and_no_larger_than_asked(monkeypatch):
+    for pairs_at_once, size in ((1, 1), (16, 1), (47, 2), (80, 5), (10**6, 6)):
+        monkeypatch.setattr(loss_module, "PAIRS_AT_ONCE", pairs_at_once)
+        blocks = list(Batch(torch.zeros(16, 2), torch.zeros(16), range(6, 12)).blocks())
+        assert [row for rows in blocks for row in rows] == list(range(6, 12))
+        assert max(map(len, blocks)) == size

@@ -101,6 +101,22 @@ def test_gradient_of_the_distance(curvature):
     assert torch.autograd.gradcheck(lambda a, b: distance_matrix(a, b, curvature), (x, y))
 
 
+def test_gradient_in_float32_of_close_points():
+    # As close as the loss still tells points apart, and as far out as the clip lets them.
+    x = points_of_ball(50, 16, 0.1, 1, least=0.6, greatest=0.62)
+    direction = torch.nn.functional.normalize(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).double())
+    y = (x + 1e-3 * direction).float()
+    x = x.float()
+
+    def gradient(x):
+        x = x.clone().requires_grad_()
+        distance_matrix(x, y.to(x.dtype), 0.1).diagonal().log().sum().backward()
+        return x.grad
+
+    exact = gradient(x.double())
+    assert ((gradient(x) - exact).norm(dim=1) / exact.norm(dim=1)).max() < 1e-3
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from([0.0, 1e-3, 0.1, 1.0, 4.0]), seeds)
 def test_tangent_norm_inverts_the_exponential_map(curvature, seed):

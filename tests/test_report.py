@@ -14,6 +14,7 @@ from uhml.config import Config, TrainConfig
 from uhml.data.pictures import Pictures, Splits
 from uhml.hierarchy import average_linkage
 from uhml.hierarchy.plot import SHOWN_CLUSTERS, draw_top
+from uhml.loss import Pairs
 from uhml.reporting import figures, projector
 from uhml.reporting.figures import draw_batch, draw_clusters, evenly
 from uhml.reporting.report import Reporter
@@ -103,17 +104,18 @@ def test_the_config_is_in_the_table_of_hyper_parameters_of_the_run_itself(tmp_pa
 
 def test_distances_are_counted_by_the_finest_level_that_pairs_share(tmp_path):
     random = np.random.default_rng(0)
-    distances, similarity = random.random((20, 30)) * 5, random.integers(-1, 4, (20, 30))
+    distances, similarity = random.random((20, 30)) * 5, random.integers(0, 4, (20, 30))
     similarity[similarity == 1] = 2
+    is_self = np.eye(20, 30, dtype=bool)
     with Reporter(tmp_path, Config()) as report:
-        report.distances(4, torch.from_numpy(distances), torch.from_numpy(similarity), num_levels=2)
+        report.distances(4, Pairs(*map(torch.from_numpy, (distances, similarity, is_self))), num_levels=2)
     events = told(tmp_path)
-    # Two levels and two views: similarity 2 is level 1, the finest. No pair is on level 2, and -1 is a row with itself.
+    # Two levels and two views: similarity 2 is level 1, the finest. No pair is on level 2.
     tags = {"distances/apart": 0, "distances/level1": 2, "distances/views_of_one_picture": 3}
     assert set(events.Tags()["histograms"]) == set(tags)
     for tag, s in tags.items():
         (event,) = events.Histograms(tag)
-        chosen, found = distances[similarity == s], event.histogram_value
+        chosen, found = distances[(similarity == s) & ~is_self], event.histogram_value
         assert event.step == 4
         assert found.num == len(chosen)
         assert (found.min, found.max) == pytest.approx((chosen.min(), chosen.max()))

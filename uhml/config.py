@@ -238,6 +238,10 @@ class TrainConfig:
     global_batch_size: Annotated[int, Field(ge=4, strict=True)] = 128
     """Embeddings in one step over all ranks, every view counted."""
 
+    micro_batch_size: Count | None = None
+    """Embeddings that a rank's network makes at once in a step, for batches that do not fit its memory. The loss sees
+    the whole batch all the same, at the price of a second forward pass. Null makes all of them at once."""
+
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     """Seed of everything random. The same seed gives the same batches and augmentations on any number of ranks."""
 
@@ -252,6 +256,10 @@ class TrainConfig:
 
     keep_checkpoints: Count = 3
     """How many of the newest checkpoints are kept."""
+
+    profile_steps: Whole = 0
+    """Record so many steps of rank 0, after the first two, with torch's profiler, into the run's tensorboard/; ten
+    tell enough. TensorBoard shows them with torch-tb-profiler, and https://ui.perfetto.dev without."""
 
 
 @_section
@@ -274,13 +282,15 @@ FREE_TO_CHANGE = frozenset(
         "data.cache",
         "data.num_workers",
         "train.device",
+        "train.micro_batch_size",
         "train.log_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.profile_steps",
     }
 )
 """Keys that a run may go on with at another value, unasked: none changes what is learned, but for rounding on another
-device. That other pictures lie under another ``data.root`` is noticed by their names."""
+device or in other micro-batches. That other pictures lie under another ``data.root`` is noticed by their names."""
 
 
 @_section
@@ -486,7 +496,7 @@ def _contradictions(config: Config, num_ranks: int) -> Iterator[str]:
     if data.augment_scale[0] > data.augment_scale[1] or data.augment_ratio[0] > data.augment_ratio[1]:
         yield "data.augment_scale and data.augment_ratio go from the least to the greatest."
     yield from _cut_problems(hierarchy)
-    # geoopt pulls float32 points back to 0.996 of the ball's radius, which the exponential map reaches at this length.
+    # Where the exponential map reaches 0.996 of the ball's radius, to which geoopt pulls float32 points back.
     longest = math.atanh(0.996) / math.sqrt(config.model.curvature) if config.model.curvature else math.inf
     if config.model.clip_radius > longest:
         yield (

@@ -22,7 +22,7 @@ import torch.distributed as dist  # noqa: TID251 (this is the one module that ma
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from uhml.environment import place
+from uhml.environment import keep_freed_memory, place
 from uhml.errors import RankFailed, UserError, known_everywhere
 from uhml.run import interruption
 from uhml.run.interruption import Preempted
@@ -64,6 +64,7 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
         rank_device = torch.device("cuda", here.local_rank)
     else:
         rank_device = torch.device("cpu")
+    keep_freed_memory()
     torch.set_num_threads(threads_per_rank())
     if here.launcher == "single":
         yield rank_device
@@ -192,29 +193,8 @@ def shares_in_turn(own: Tensor, num_rows: int) -> Iterator[tuple[Tensor, range]]
         yield held, rows
 
 
-class _GatherWithGradient(torch.autograd.Function):
-    """All-gather whose backward sums every rank's gradient: the true derivative of a loss on the gathered batch."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor) -> Tensor:
-        ctx.num_own = len(own)
-        parts = [torch.empty_like(own) for _ in range(world_size())]
-        dist.all_gather(parts, own.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # A copy: autograd may hand the same tensor to other operations, which must not see the sum over ranks.
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        return gradient[rank() * ctx.num_own :][: ctx.num_own]
-
-
-def all_gather_with_gradient(own: Tensor) -> Tensor:
-    """Concatenate the ranks' equally long batches in rank order, differentiably.
-
-    The gradient that reaches ``own`` is the sum over ranks of the gradients of their losses. (Detaching the others'
-    rows, as is often done, gives 1 / world_size of it or a wrong direction.)
+def all_gather(own: Tensor) -> Tensor:
+    """Concatenate the ranks' equally long batches in rank order. No gradient.
 
     Args:
         own: ``[b, ...]``, the same ``b`` on every rank.
@@ -222,12 +202,17 @@ def all_gather_with_gradient(own: Tensor) -> Tensor:
     Returns:
         ``[world_size * b, ...]``.
     """
-    return _GatherWithGradient.apply(own) if world_size() > 1 else own
+    if world_size() == 1:
+        return own
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(parts, own.contiguous())
+    return torch.cat(parts)
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
     """Return the sum of ``value`` over ranks. No gradient."""
-    value = value.detach().clone()
+    # Laid out alike on every rank, for memory is what is summed.
+    value = value.detach().clone(memory_format=torch.contiguous_format)
     if world_size() > 1:
         dist.all_reduce(value)
     return value
@@ -375,3 +360,11 @@ def data_parallel(model: nn.Module) -> nn.Module:
     # Otherwise DDP regroups the gradients after its first backward pass, and from three ranks on the last bit of a sum
     # depends on the group: a run that went on after an interruption would differ from one that was not interrupted.
     return DistributedDataParallel(model, find_unused_parameters=world_size() > 2, **option)
+
+
+def unexchanged(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Around a forward and backward pass of what :func:`data_parallel` returned: gradients add up, on this rank alone.
+
+    The next backward pass outside of it averages the sums.
+    """
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()

@@ -1,13 +1,21 @@
 """The hierarchical log-ratio loss (Yan et al., CVPR 2021, after Kim et al., CVPR 2019), without its triplets."""
 
+import dataclasses
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from uhml import distributed, poincare
+
 # Distances below this are taken for this: the logarithm of a duplicate's distance 0 must not rule a batch. It is a
 # thousandth of the usual distance between pictures of a batch, which is about 1.
 DISTANCE_FLOOR = 1e-3
+
+# Pairs that are compared at once: some 200 MiB in float32, and all pairs of a batch of 1,024 in one process.
+PAIRS_AT_ONCE = 2**20
 
 
 def similarity_levels(levels: Tensor, anchors: Tensor, pictures: Tensor) -> Tensor:
@@ -63,22 +71,107 @@ class HierarchicalLogRatioLoss(nn.Module):
             (the rest have all others on one level), each a scalar. Their ratio is the loss; over ranks, the ratio of
             the sums is.
         """
-        others = (~is_self).to(distances.dtype)
+        others = ~is_self
+        count = others.sum(1).to(distances.dtype)
         a = distances.clamp_min(DISTANCE_FLOOR).log() - similarity.to(distances.dtype) * self.log_omega
         # Centring changes no difference a_ij - a_il and keeps the sums of squares below from cancelling.
-        count = others.sum(1)
         a = (a - ((a * others).sum(1) / count)[:, None]) * others
-        same_level = torch.zeros_like(count)
-        same_level_pairs = torch.zeros_like(count)
-        for level in range(self.num_levels + 1):
-            members = others * (similarity == level)
-            n = members.sum(1)
-            same_level += n * (members * a.square()).sum(1) - (members * a).sum(1).square()
-            same_level_pairs += n.square()
+        level = torch.arange(self.num_levels + 1, device=a.device)[:, None]
+        members = ((similarity[:, None, :] == level) & others[:, None, :]).to(a.dtype)  # [a, levels, b]
+        # Each [a, levels]: number, sum and sum of squares on each level.
+        n = members.sum(2)
+        sums, squares = (torch.stack([a, a.square()], 1) @ members.mT).unbind(1)
         # Sums over unordered pairs: of all others (their mean is 0), less those of pairs on one level.
-        total = count * a.square().sum(1) - same_level
+        total = count * squares.sum(1) - (n * squares - sums.square()).sum(1)
         # Ordered pairs on different levels.
-        num_pairs = count.square() - same_level_pairs
+        num_pairs = count.square() - n.square().sum(1)
         has_triplets = num_pairs > 0
         per_anchor = torch.where(has_triplets, 2 * total / num_pairs.clamp_min(1), 0)
         return per_anchor.sum(), has_triplets.sum()
+
+
+class Pairs(NamedTuple):
+    """Of some rows ``[a]`` of a batch with all of its ``[B]``, each ``[a, B]``: what the loss is a function of."""
+
+    distances: Tensor
+    similarity: Tensor
+    is_self: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The global batch, wherever it was embedded.
+
+    Attributes:
+        points: ``[B, d]``, in the order of the ranks, without gradient.
+        pictures: ``[B]``, indices of their pictures.
+        own: ``[b]``, the rows that this rank brought: the anchors that it compares with the whole batch.
+    """
+
+    points: Tensor
+    pictures: Tensor
+    own: range
+
+    @classmethod
+    def over_ranks(cls, points: Tensor, pictures: Tensor) -> "Batch":
+        """Put together the batch of which this rank brings ``[b, d]`` and ``[b]``. A collective."""
+        start = distributed.rank() * len(points)
+        return cls(
+            distributed.all_gather(points.detach()), distributed.all_gather(pictures), range(start, start + len(points))
+        )
+
+    def blocks(self) -> Iterator[range]:
+        """Yield this rank's rows, as many at once as may be compared with the whole batch at once."""
+        rows_at_once = max(1, PAIRS_AT_ONCE // len(self.points))
+        for start in range(0, len(self.own), rows_at_once):
+            yield self.own[start : start + rows_at_once]
+
+    def pairs(self, rows: range, levels: Tensor, curvature: float) -> Pairs:
+        """Compare some rows with all of the batch, by ``levels`` ``[K, n]`` and in the ball of ``curvature``."""
+        chosen = slice(rows.start, rows.stop)
+        place = torch.arange(len(self.points), device=self.points.device)
+        return Pairs(
+            poincare.distance_matrix(self.points[chosen], self.points, curvature),
+            similarity_levels(levels, self.pictures[chosen], self.pictures),
+            place[chosen, None] == place,
+        )
+
+
+class GlobalLoss(NamedTuple):
+    """The loss of a global batch.
+
+    Attributes:
+        loss: of the global batch, the same on every rank.
+        own: this rank's part of it; the parts add up to it.
+        gradient: ``[b, d]``, of the loss, by this rank's points.
+    """
+
+    loss: Tensor
+    own: Tensor
+    gradient: Tensor
+
+
+def global_loss(loss_function: HierarchicalLogRatioLoss, batch: Batch, levels: Tensor, curvature: float) -> GlobalLoss:
+    """Return the loss of a global batch and its gradient, which also other ranks' anchors have a part in. A collective.
+
+    Each block of anchors goes back at once, so memory grows by the batch and not by its square.
+
+    Args:
+        loss_function: of the pairs of some anchors.
+        batch: gathered.
+        levels: ``[K, n]``, cluster of each picture on each cut.
+        curvature: c >= 0.
+    """
+    batch = dataclasses.replace(batch, points=batch.points.detach().requires_grad_())
+    total = batch.points.new_zeros(())
+    num_anchors = total.clone()
+    for rows in batch.blocks():
+        of_block, anchors_of_block = loss_function(*batch.pairs(rows, levels, curvature))
+        of_block.backward()
+        total += of_block.detach()
+        num_anchors += anchors_of_block
+    assert batch.points.grad is not None
+    gradient = distributed.all_reduce_sum(batch.points.grad)[batch.own.start : batch.own.stop]
+    loss, num_anchors = distributed.all_reduce_sum(torch.stack([total, num_anchors]))
+    num_anchors = num_anchors.clamp_min(1)
+    return GlobalLoss(loss / num_anchors, total / num_anchors, gradient / num_anchors)

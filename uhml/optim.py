@@ -23,7 +23,8 @@ def build_optimizer(model: Embedder, config: OptimConfig) -> torch.optim.AdamW:
             (0.0, [p for p in parameters if p.ndim <= 1]),
         ):
             groups.append({"params": chosen, "lr": config.learning_rate * factor, "weight_decay": decay})
-    return torch.optim.AdamW(groups)
+    # Fused: the fastest on GPUs and on CPUs, and the one that can be told on the device not to step.
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, num_steps: int) -> LambdaLR:

@@ -1,10 +1,12 @@
 """The Poincaré ball of curvature -c: { x : c |x|² < 1 }. Flat space is the limit c = 0, and allowed everywhere.
 
-The exponential map is geoopt's. The distance between all pairs is our own: geoopt's goes by Möbius addition and
-artanh, which loses float32 digits first where points lie close together or near the edge; the arsinh form keeps them.
+The distance between all pairs is our own: geoopt's goes by Möbius addition and artanh, which loses float32 digits first
+where points lie close together or near the edge; the arsinh form keeps them. So is the exponential map at the origin:
+geoopt looks at the curvature on the device to choose a formula, for which each training step would wait for its GPU.
 """
 
 import math
+from typing import Any
 
 import geoopt
 import torch
@@ -23,6 +25,37 @@ def ball(curvature: float) -> geoopt.PoincareBall:
     return fixed
 
 
+def exponential_map(tangent: Tensor, curvature: float) -> Tensor:
+    """Map tangent vectors at the origin ``[n, d]`` to points of the ball: ``v tanh(sqrt(c) |v|) / (sqrt(c) |v|)``.
+
+    Vectors must not be so long that floats reach the edge; those of the head are clipped.
+    """
+    if curvature == 0:
+        return tangent
+    length = math.sqrt(curvature) * tangent.norm(dim=-1, keepdim=True).clamp_min(1e-15)
+    return tangent * (length.tanh() / length)
+
+
+class _EuclideanDistances(torch.autograd.Function):
+    """``|x_i - y_j|`` with a gradient by two matrix products: torch's own makes a tensor ``[n, m, d]`` on GPUs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        # Not by the matrix product |x|² + |y|² - 2xy, which cancels for close points, the very pairs that matter.
+        distances = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+        ctx.save_for_backward(x, y, distances)
+        return distances
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, y, distances = ctx.saved_tensors
+        weights = torch.where(distances > 0, gradient / distances, 0)
+        return (
+            x * weights.sum(1)[:, None] - weights @ y,
+            y * weights.sum(0)[:, None] - weights.T @ x,
+        )
+
+
 def distance_matrix(x: Tensor, y: Tensor, curvature: float) -> Tensor:
     """Distances in the ball between all points of two sets, differentiable, with gradient 0 where points coincide.
 
@@ -36,8 +69,7 @@ def distance_matrix(x: Tensor, y: Tensor, curvature: float) -> Tensor:
     Returns:
         ``[n, m]``, in units of length of the ball.
     """
-    # Not by the matrix product |x|² + |y|² - 2xy, which cancels for close points, the very pairs that matter.
-    euclidean = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    euclidean = _EuclideanDistances.apply(x, y)
     if curvature == 0:
         return 2 * euclidean
     root = math.sqrt(curvature)

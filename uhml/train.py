@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,20 @@ from uhml.embedding import embed_share
 from uhml.errors import UserError, known_everywhere
 from uhml.evaluate import score_unseen
 from uhml.hierarchy import average_linkage_over_ranks
-from uhml.loss import HierarchicalLogRatioLoss, similarity_levels
+from uhml.loss import Batch, HierarchicalLogRatioLoss, global_loss
 from uhml.metrics import Scores
 from uhml.mining import ClusterBatches
 from uhml.model import Embedder, FeatureMoments, build_embedder
 from uhml.progress import progress
 from uhml.reporting.guards import watch
+from uhml.reporting.profile import profiled
 from uhml.reporting.projector import project
 from uhml.reporting.report import Reporter
 from uhml.run import interruption
 from uhml.run.checkpoint import keep_best, load_weights
 from uhml.run.interruption import Preempted
 from uhml.run.not_finite import refuse_step
-from uhml.run.random_state import random_state, seed_generators
+from uhml.run.random_state import random_state, restore_random_state, seed_generators
 from uhml.run.run_dir import HIERARCHIES, OpenRun, open_run_dir
 from uhml.run.training_state import TrainingState, read_state
 
@@ -105,34 +106,34 @@ def learn(state: TrainingState, splits: Splits, config: Config, run: OpenRun, re
     # Two views of one picture are one level above the finest cluster.
     num_levels = len(config.hierarchy.cuts) + (config.mining.num_views > 1)
     loss_function = HierarchicalLogRatioLoss(config.loss.omega, num_levels)
-    figures: dict[str, Tensor | float] = {}
-    steps = progress(
-        range(state.step, num_steps),
-        "train",
-        done=state.step,
-        unit="step",
-        note=lambda: f"loss {float(figures['loss']):.4f}" if figures else "",
-    )
-    while state.step < num_steps:
-        if state.step % every == 0 or state.levels is None:
-            save(state, run, report)
-            discover_hierarchy(state, splits.train, config, run, report)
-            if config.eval.at_reclustering and state.step > 0:
-                score_now(state, splits, config, run, report)
-        run.status.phase("train")
-        until = min((state.step // every + 1) * every, num_steps)
-        with contextlib.closing(iter(cluster_batches(state, splits.train, config, until))) as batches:
-            for _ in itertools.islice(steps, until - state.step):
-                # Here all ranks agree to go on; an error or a signal on any of them ends all.
-                images, pictures = next_together(batches)
-                figures, pairs = train_step(parallel, images, pictures, state, loss_function, config, run.folder)
-                if state.step in (1, num_steps) or state.step % config.train.log_every == 0:
-                    report.scalars("train", state.step, {key: float(value) for key, value in figures.items()})
-                if state.step % every == 1 % every:
-                    report.distances(state.step, *pairs, len(config.hierarchy.cuts))
-                if state.step % config.train.checkpoint_every == 0:
-                    save(state, run, report)
-                run.status.step(state.step)
+    remaining = range(state.step, num_steps)
+    steps = progress(remaining, "train", done=state.step, unit="step", note=state.stepper.note)
+    with profiled(run.folder, config.train.profile_steps) as step_ends:
+        while state.step < num_steps:
+            if state.step % every == 0 or state.levels is None:
+                save(state, run, report)
+                discover_hierarchy(state, splits.train, config, run, report)
+                if config.eval.at_reclustering and state.step > 0:
+                    score_now(state, splits, config, run, report)
+            assert state.levels is not None
+            run.status.phase("train")
+            until = min((state.step // every + 1) * every, num_steps)
+            with contextlib.closing(iter(cluster_batches(state, splits.train, config, until))) as batches:
+                for _ in itertools.islice(steps, until - state.step):
+                    # Here all ranks agree to go on; an error or a signal on any of them ends all.
+                    images, pictures = next_together(batches)
+                    figures, batch = train_step(parallel, images, pictures, state, loss_function, config, run.folder)
+                    if state.step in (1, num_steps) or state.step % config.train.log_every == 0:
+                        # Here alone, and where a hierarchy or a checkpoint is made, a step waits for the GPU.
+                        state.stepper.settle()
+                        report.scalars("train", state.step, {key: float(value) for key, value in figures.items()})
+                    if state.step % every == 1 % every:
+                        pairs = batch.pairs(next(batch.blocks()), state.levels, config.model.curvature)
+                        report.distances(state.step, pairs, len(config.hierarchy.cuts))
+                    if state.step % config.train.checkpoint_every == 0:
+                        save(state, run, report)
+                    run.status.step(state.step)
+                    step_ends()
 
     save(state, run, report)
     discover_hierarchy(state, splits.train, config, run, report)
@@ -142,7 +143,12 @@ def learn(state: TrainingState, splits: Splits, config: Config, run: OpenRun, re
 
 
 def save(state: TrainingState, run: OpenRun, report: Reporter) -> None:
-    """Write a checkpoint of this step, unless there is one. A collective."""
+    """Write a checkpoint of this step, unless there is one. A collective.
+
+    Raises:
+        UserError: the step was not taken, as its loss or gradient is not finite.
+    """
+    state.stepper.settle()
     if state.saved != state.step:
         state.save(run.folder, report.settle)
 
@@ -260,6 +266,7 @@ def cluster_batches(state: TrainingState, pictures: Pictures, config: Config, un
         num_views=config.mining.num_views,
         seed=config.train.seed,
         num_workers=config.data.num_workers,
+        pin_memory=state.model.device.type == "cuda",
     )
 
 
@@ -277,8 +284,10 @@ def train_step(
     loss_function: HierarchicalLogRatioLoss,
     config: Config,
     run_dir: Path,
-) -> tuple[dict[str, Tensor | float], tuple[Tensor, Tensor]]:
+) -> tuple[dict[str, Tensor | float], Batch]:
     """Take one step on the global batch, of which this rank brings ``b`` of ``B`` rows. A collective.
+
+    Nothing here waits for a GPU, but to see that the step before was taken.
 
     Args:
         model: the state's, pictures to points of the ball, wrapped for data parallelism.
@@ -286,46 +295,34 @@ def train_step(
         pictures: ``[b]``, indices of the images' pictures.
         state: goes one step further.
         loss_function: of distances and similarity levels.
-        config: for the curvature and the gradient clip.
+        config: for the micro-batches, the curvature and the gradient clip.
         run_dir: where to leave what reproduces a step that fails.
 
     Returns:
-        Figures to log, of the global batch; and of all pairs of this rank's rows ``[b]`` with the batch's ``[B]`` the
-        distance and the similarity level, -1 for a row with itself.
+        Figures to log, and the points, of the global batch.
 
     Raises:
-        UserError: loss or gradient is not finite; the state is as it was.
+        UserError: loss or gradient of the step before was not finite; neither that step nor this one is taken.
     """
     assert state.levels is not None
-    random_before = random_state()
-    optimizer, images, pictures = state.optimizer, images.to(state.levels.device), pictures.to(state.levels.device)
+    random_before, device = random_state(), state.levels.device
+    images, pictures = images.to(device, non_blocking=True), pictures.to(device, non_blocking=True)
     model.train()
-    points = model(images)
-    # This rank's rows are the anchors; each is compared with the whole batch, wherever it was embedded.
-    all_points = distributed.all_gather_with_gradient(points)
-    all_pictures = distributed.all_gather_with_gradient(pictures)
-    rows = torch.arange(len(points), device=points.device) + distributed.rank() * len(points)
-    distances = poincare.distance_matrix(points, all_points, config.model.curvature)
-    similarity = similarity_levels(state.levels, pictures, all_pictures)
-    is_self = rows[:, None] == torch.arange(len(all_points), device=points.device)
-    total, num_anchors = loss_function(distances, similarity, is_self)
-
+    micro_batches = images.split(config.train.micro_batch_size or len(images))
+    points = embed_batch(model, micro_batches)
+    batch = Batch.over_ranks(points, pictures)
+    loss, own_loss, gradient = global_loss(loss_function, batch, state.levels, config.model.curvature)
+    state.optimizer.zero_grad()
     # Data parallelism averages gradients over ranks, and the loss is a sum over them: hence the world size.
-    num_anchors = distributed.all_reduce_sum(num_anchors).clamp_min(1)
-    optimizer.zero_grad()
-    (distributed.world_size() * total / num_anchors).backward()
-    loss = distributed.all_reduce_sum(total) / num_anchors
+    backward(model, micro_batches, points, distributed.world_size() * gradient, random_before)
     gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.gradient_clip)
-    if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-        raise refuse_step(
-            run_dir, state, all_pictures, random_before, losses=(total / num_anchors, loss), gradient_norm=gradient_norm
-        )
-    learning_rate = optimizer.param_groups[0]["lr"]
-    optimizer.step()
+    learning_rate = state.optimizer.param_groups[0]["lr"]
+    refuse = functools.partial(refuse_step, run_dir, state, state.step, batch.pictures, random_before, own_loss)
+    state.stepper.step(loss, gradient_norm, refuse)
     state.schedule.step()
     state.step += 1
 
-    radius = poincare.tangent_norm(all_points.detach(), config.model.curvature)
+    radius = poincare.tangent_norm(batch.points, config.model.curvature)
     figures = {
         "loss": loss,
         "learning_rate": learning_rate,
@@ -333,4 +330,37 @@ def train_step(
         "mean_norm": radius.mean(),
         "share_at_clip": (radius > 0.999 * config.model.clip_radius).float().mean(),
     }
-    return figures, (distances.detach(), similarity.masked_fill(is_self, -1))
+    return figures, batch
+
+
+def embed_batch(model: nn.Module, micro_batches: Sequence[Tensor]) -> Tensor:
+    """Map pictures to points ``[b, d]``; of more than one micro-batch without what a backward pass needs."""
+    with torch.set_grad_enabled(len(micro_batches) == 1):
+        return torch.cat([model(images) for images in micro_batches])
+
+
+def backward(
+    model: nn.Module, micro_batches: Sequence[Tensor], points: Tensor, gradient: Tensor, random_before: dict[str, Any]
+) -> None:
+    """Add to the weights' gradients what the points' gradient ``[b, d]`` makes of them. A collective.
+
+    Micro-batches go through the network once more, each with its graph alone (Gao et al., GradCache, RepL4NLP 2021).
+    The loss has seen all of them together, so that the gradients are those of the whole batch.
+
+    Args:
+        model: as for :func:`train_step`.
+        micro_batches: of pictures, ``[<= micro_batch_size, 3, h, w]``.
+        points: what :func:`embed_batch` made of them.
+        gradient: of the loss, by the points.
+        random_before: the random numbers to go through the network again with.
+    """
+    if len(micro_batches) == 1:
+        points.backward(gradient)
+        return
+    restore_random_state(random_before)
+    *first, last = zip(micro_batches, gradient.split(len(micro_batches[0])), strict=True)
+    with distributed.unexchanged(model):
+        for images, own in first:
+            model(images).backward(own)
+    images, own = last
+    model(images).backward(own)

@@ -118,6 +118,7 @@ def training_batches(
     num_views: int,
     seed: int,
     num_workers: int,
+    pin_memory: bool = False,
 ) -> Loader:
     """Return a loader of this rank's part of the global batches of ``steps``.
 
@@ -129,6 +130,7 @@ def training_batches(
         num_views: views of each picture.
         seed: of the run.
         num_workers: processes that read and augment.
+        pin_memory: put batches where a GPU can fetch them by itself.
 
     Yields:
         Images ``[B / world_size, 3, h, w]`` and their pictures' indices ``[B / world_size]``.
@@ -138,6 +140,7 @@ def training_batches(
         batch_sampler=_RankBatches(batch_of_step, steps, num_views),
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
+        pin_memory=pin_memory,
         generator=_own_generator(),
     )
 

@@ -72,12 +72,11 @@ class HyperbolicHead(nn.Module):
         self.register_buffer("mean", torch.zeros(num_features))
         self.register_buffer("scale", torch.ones(()))
         self.curvature, self.clip_radius = curvature, clip_radius
-        self.ball = poincare.ball(curvature)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features ``[b, num_features]`` to points of the ball ``[b, embedding_dim]``, float32."""
         with torch.autocast(features.device.type, enabled=False):
-            return self.ball.expmap0(self.clip(self.tangent(features)))
+            return poincare.exponential_map(self.clip(self.tangent(features)), self.curvature)
 
     def tangent(self, features: Tensor) -> Tensor:
         """Return the tangent vectors at the origin before the clip, ``[b, embedding_dim]``."""

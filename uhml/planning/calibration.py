@@ -307,7 +307,7 @@ def clustered_points(n: int, d: int, curvature: float) -> Tensor:
     middle = middle + 0.7 * torch.randn(middle.shape, generator=generator)
     rows = middle[torch.arange(n) % len(middle)]
     rows = rows + 0.5 * torch.randn(rows.shape, generator=generator)
-    return poincare.ball(curvature).expmap0(2 * rows / rows.norm(dim=1, keepdim=True).mean())
+    return poincare.exponential_map(2 * rows / rows.norm(dim=1, keepdim=True).mean(), curvature)
 
 
 def _clustering(config: Config, num_points: int, device: torch.device) -> tuple[Growth, Growth]:

@@ -11,6 +11,7 @@ from uhml.hierarchy.dense import dense_memory
 from uhml.hierarchy.exact import exact_memory
 from uhml.hierarchy.graph import graph_memory
 from uhml.hierarchy.linkage import GATHER_UP_TO
+from uhml.loss import PAIRS_AT_ONCE
 from uhml.metrics import BLOCK_BYTES
 from uhml.reporting.figures import THUMBNAIL
 from uhml.reporting.projector import MOST
@@ -252,7 +253,10 @@ def memory(config: Config, sizes: Sizes, ranks: Ranks, network: Network, *, rank
     num_levels = len(options.cuts) + 1
     # AdamW keeps two moments of each parameter; data parallelism a copy of the gradients in buckets.
     kept = network.weights + 3 * network.learned + (network.learned if world > 1 else 0) + len(options.cuts) * n * FLOAT
-    step = batch * (network.saved + network.widest + picture) + (num_levels + 12) * batch * global_batch * FLOAT
+    micro_batch = min(batch, config.train.micro_batch_size or batch)
+    pairs = min(batch, max(1, PAIRS_AT_ONCE // global_batch)) * global_batch
+    # Pictures, what one pass of the network keeps of them, and the loss of the pairs that are compared at once.
+    step = batch * picture + micro_batch * (network.saved + network.widest) + (4 * num_levels + 20) * pairs * FLOAT
     forward = config.eval.batch_size * (network.widest + picture)
     # Rows as they come and put together; then, for the head, twice in float64.
     features = own * width * (2 * FLOAT if not config.model.projector else FLOAT + 2 * DOUBLE)

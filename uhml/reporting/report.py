@@ -25,6 +25,7 @@ from uhml.files import write_whole
 from uhml.hierarchy import Dendrogram
 from uhml.hierarchy.plot import draw_top
 from uhml.hierarchy.quality import dendrogram_purity
+from uhml.loss import Pairs
 from uhml.metrics import Scores
 from uhml.reporting import hyperparameters
 from uhml.reporting.figures import draw_batch, draw_clusters
@@ -170,13 +171,12 @@ class Reporter:
                     "step %d: %s is %.3g, beyond %.3g: %s.", step, guard.name, guard.value, guard.alarm, guard.meaning
                 )
 
-    def distances(self, step: int, distances: Tensor, similarity: Tensor, num_levels: int) -> None:
+    def distances(self, step: int, pairs: Pairs, num_levels: int) -> None:
         """Record how far apart pairs of a batch are, by the finest level on which they share a cluster.
 
         Args:
             step: of the batch.
-            distances: of pairs.
-            similarity: of the same pairs, as :func:`uhml.loss.similarity_levels` counts it; others are left out.
+            pairs: of some of its rows with all of them.
             num_levels: K.
         """
         if not self.active:
@@ -184,7 +184,7 @@ class Reporter:
         names = ["apart", *(f"level{k}" for k in range(num_levels, 0, -1)), "views_of_one_picture"]
         with self._told():
             for s, name in enumerate(names):
-                if len(chosen := distances[similarity == s]):
+                if len(chosen := pairs.distances[(pairs.similarity == s) & ~pairs.is_self]):
                     self.tensorboard.add_histogram(f"distances/{name}", chosen, step)
 
     def embedding(

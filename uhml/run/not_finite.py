@@ -16,11 +16,12 @@ from uhml.run.training_state import TrainingState
 def refuse_step(
     run_dir: Path,
     state: TrainingState,
+    step: int,
     pictures: Tensor,
     random_before: dict[str, Any],
-    *,
-    losses: tuple[Tensor, Tensor],
-    gradient_norm: Tensor,
+    own_loss: Tensor,
+    loss: float,
+    gradient_norm: float,
 ) -> UserError:
     """Leave a reproducer of the step and return the error to raise in its place. A collective.
 
@@ -31,17 +32,19 @@ def refuse_step(
 
     Args:
         run_dir: gets the file.
-        state: before the step.
+        state: with the weights of before the step, which it may count as taken.
+        step: steps taken before.
         pictures: ``[B]``, of the global batch.
         random_before: this rank's :func:`uhml.run.random_state.random_state` before the step.
-        losses: this rank's part of the loss, and the loss of the global batch.
+        own_loss: this rank's part of the loss.
+        loss: of the global batch.
         gradient_norm: of the gradient of the loss.
     """
     assert state.levels is not None
-    own_losses = distributed.gather_objects(float(losses[0]))
-    path = run_dir / f"nan-step-{state.step:08d}.pt"
+    own_losses = distributed.gather_objects(float(own_loss))
+    path = run_dir / f"nan-step-{step:08d}.pt"
     reproducer = {
-        "step": state.step,
+        "step": step,
         "pictures": pictures.cpu(),
         "levels": state.levels.cpu(),
         "model": state.model.state_dict(),
@@ -54,7 +57,7 @@ def refuse_step(
     where = f" (from rank {', '.join(ranks)} of {len(own_losses)})" if ranks else ""
     return known_everywhere(
         UserError(
-            f"Step {state.step}: the loss is {float(losses[1])}{where} and the gradient's norm {float(gradient_norm)}, "
+            f"Step {step}: the loss is {loss}{where} and the gradient's norm {gradient_norm}, "
             f"so the run stopped before the step; {path} holds all that reproduces it. A lower optim.learning_rate or "
             "model.precision=float32 is the usual cure, and --allow-change goes on with it from the last checkpoint."
         )

@@ -24,6 +24,7 @@ from uhml.model import Embedder
 from uhml.optim import build_optimizer, build_schedule
 from uhml.run.checkpoint import DamagedFile, read_file, save_checkpoint
 from uhml.run.random_state import random_state, restore_random_state
+from uhml.run.stepper import Stepper
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class TrainingState:
 
     Attributes:
         optimizer: of the model's parameters.
+        stepper: takes the optimizer's steps.
         schedule: of the optimizer's learning rate.
         step: steps taken.
         levels: ``[K, n]`` int32 on the model's device, what the steps learn from; None before the first clustering.
@@ -52,6 +54,7 @@ class TrainingState:
     def __init__(self, model: Embedder, splits: Splits, config: Config) -> None:
         self.model, self.config = model, config
         self.optimizer = build_optimizer(model, config.optim)
+        self.stepper = Stepper(self.optimizer, model.device)
         self.schedule = build_schedule(self.optimizer, config.optim, config.train.num_steps)
         self.step = 0
         self.levels: Tensor | None = None

@@ -8,7 +8,6 @@ Both files carry the same description as metadata, each value a text: ``config``
 import copy
 import importlib.util
 import json
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import uhml
+from uhml import poincare
 from uhml.config import dump_config
 from uhml.errors import UserError
 from uhml.files import opened_aside
@@ -125,7 +125,7 @@ def write_onnx(trained: Trained, path: Path) -> float | None:
 
 
 class _Graph(nn.Module):
-    """The network without what no exporter follows: autocast, and geoopt's choice of a formula by the curvature."""
+    """The network without what no exporter follows: autocast."""
 
     def __init__(self, model: Embedder) -> None:
         super().__init__()
@@ -133,10 +133,7 @@ class _Graph(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         tangent = self.head.clip(self.head.tangent(self.network(images)))
-        if self.head.curvature == 0:
-            return tangent
-        length = math.sqrt(self.head.curvature) * tangent.norm(dim=-1, keepdim=True).clamp_min(1e-15)
-        return tangent * (length.tanh() / length)
+        return poincare.exponential_map(tangent, self.head.curvature)
 
 
 def _difference(file: str, model: Embedder, trained: Trained) -> float | None:

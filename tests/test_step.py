@@ -1,0 +1,139 @@
+"""A training step: micro-batches, and that none is taken whose loss or gradient is not finite."""
+
+import copy
+import json
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+
+from uhml import distributed, poincare
+from uhml.errors import UserError
+from uhml.loss import Batch, HierarchicalLogRatioLoss, global_loss
+from uhml.reporting.profile import STEPS_BEFORE, profiled
+from uhml.run.random_state import random_state
+from uhml.run.stepper import Stepper
+from uhml.train import backward, embed_batch
+
+B, CURVATURE = 12, 0.5
+
+
+class Net(nn.Module):
+    def __init__(self, dropout):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
+
+    def forward(self, x):
+        return poincare.exponential_map(self.layers(x).tanh(), CURVATURE)
+
+
+def gradients(dropout, micro_batch_size, graphs_kept=False):
+    """Of one step on this rank's part of the batch; at once from all micro-batches' graphs, or as the trainer does."""
+    torch.manual_seed(0)
+    model, images, pictures = Net(dropout).double(), torch.randn(B, 6).double(), torch.arange(B) // 2
+    levels = torch.stack([torch.arange(B) // 2, torch.arange(B) // 4])
+    own = slice(distributed.rank() * B // distributed.world_size(), None)
+    own = slice(own.start, own.start + B // distributed.world_size())
+    parallel = distributed.data_parallel(model)
+    torch.manual_seed(distributed.rank())
+    before, micro_batches = random_state(), images[own].split(micro_batch_size)
+    points = (
+        torch.cat([parallel(part) for part in micro_batches]) if graphs_kept else embed_batch(parallel, micro_batches)
+    )
+    assert points.requires_grad == (graphs_kept or len(micro_batches) == 1)
+    found = global_loss(HierarchicalLogRatioLoss(0.8, 3), Batch.over_ranks(points, pictures[own]), levels, CURVATURE)
+    gradient = distributed.world_size() * found.gradient
+    if graphs_kept:
+        points.backward(gradient)
+    else:
+        backward(parallel, micro_batches, points, gradient, before)
+    return [p.grad for p in model.parameters()], torch.rand(1)
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_micro_batches_have_the_whole_batchs_gradient(world_size):
+    expected, _ = gradients(0.0, B)
+    assert all(gradient.abs().max() > 1e-3 for gradient in expected)
+    for found, _ in run_ranks(gradients, world_size, 0.0, 4):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("micro_batch_size", [5, 12])
+def test_both_passes_of_a_micro_batch_draw_the_same_random_numbers(micro_batch_size):
+    expected, expected_next = gradients(0.5, micro_batch_size, graphs_kept=True)
+    found, following = gradients(0.5, micro_batch_size)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert torch.equal(following, expected_next)
+    assert not torch.equal(gradients(0.0, micro_batch_size)[0][0], found[0])
+
+
+@pytest.mark.parametrize("wrong", [(float("nan"), 1.0), (1.0, float("inf"))])
+def test_from_a_step_that_is_not_finite_on_none_is_taken(wrong):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    stepper = Stepper(optimizer, torch.device("cpu"))
+    reference = copy.deepcopy(model)
+    plain = torch.optim.AdamW(reference.parameters(), lr=0.1)
+
+    def take(numbers, scale):
+        for p in (*model.parameters(), *reference.parameters()):
+            p.grad = torch.full_like(p, scale)
+        stepper.step(*map(torch.tensor, numbers), lambda *said: UserError(f"refused {said}"))
+
+    def state():
+        return copy.deepcopy([*model.state_dict().values(), *map(list, map(dict.values, optimizer.state.values()))])
+
+    assert stepper.note() == ""
+    for scale in (1.0, -3.0):
+        take((0.5, 2.0), scale)
+        plain.step()
+    stepper.settle()
+    assert stepper.note() == "loss 0.5000"
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    before = state()
+    take(wrong, float("nan"))
+    # Nobody has asked yet, and this one would do.
+    with pytest.raises(UserError, match=r"refused \((nan, 1\.0|1\.0, inf)\)"):
+        take((0.5, 2.0), 1.0)
+    assert repr(state()) == repr(before)
+    stepper.settle()  # told once
+
+
+def test_a_profile_holds_the_steps_asked_for(tmp_path):
+    with profiled(tmp_path, 0) as step_ends:
+        step_ends()
+    assert not list(tmp_path.iterdir())
+    with profiled(tmp_path, 3) as step_ends:
+        for _ in range(STEPS_BEFORE + 5):
+            torch.ones(4).cosh()
+            step_ends()
+        (trace,) = (tmp_path / "tensorboard").glob("*.pt.trace.json")
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert sum(event["name"] == "aten::cosh" for event in events) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_waits_for_no_gpu():
+    from uhml.config import Config, ModelConfig
+    from uhml.data.pictures import Pictures, Splits
+    from uhml.model import build_embedder
+    from uhml.run.training_state import TrainingState
+    from uhml.train import train_step
+
+    config = Config(model=ModelConfig(weights="random"))
+    state = TrainingState(build_embedder(config.model, 64).cuda(), Splits(train=Pictures(paths=("a", "b"))), config)
+    state.levels = torch.stack([torch.arange(64) // 8, torch.arange(64) // 16]).int().cuda()
+    images, pictures = torch.randn(32, 3, 64, 64).pin_memory(), torch.arange(32).pin_memory()
+    try:
+        for step in range(4):
+            if step == 2:  # what is made on first use may wait
+                torch.cuda.set_sync_debug_mode("error")
+            train_step(state.model, images, pictures, state, HierarchicalLogRatioLoss(0.8, 3), config, None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
