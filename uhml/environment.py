@@ -60,5 +60,6 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         m_trim_threshold, m_mmap_threshold, never = -1, -3, -1
-        mallopt(m_trim_threshold, never)
-        mallopt(m_mmap_threshold, 2**30)
+        # 32 MiB is the most that an older glibc takes.
+        if mallopt(m_mmap_threshold, 2**30) or mallopt(m_mmap_threshold, 2**25):
+            mallopt(m_trim_threshold, never)

@@ -31,7 +31,7 @@ from uhml.run.checkpoint import newest_checkpoint
 from uhml.run.status import read_status
 
 pytestmark = [pytest.mark.slow, pytest.mark.ddp]
-KILLS = int(os.environ.get("UHML_FAULT_KILLS", "12"))
+KILLS = int(os.environ.get("UHML_FAULT_KILLS", "8"))
 RANKS = pytest.mark.parametrize("world_size", [1, 2])
 
 
