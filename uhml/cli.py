@@ -13,7 +13,7 @@ import uhml
 from uhml import logs
 from uhml.config import describe_keys, load_config
 from uhml.environment import place
-from uhml.errors import RankFailed, UserError, did_you_mean, is_known_everywhere
+from uhml.errors import RankFailed, RunsFailed, UserError, did_you_mean, is_known_everywhere
 from uhml.run import interruption
 from uhml.run.interruption import Preempted
 
@@ -36,6 +36,7 @@ COMMANDS = {
     "search": ("uhml.commands.search", "find the pictures that are most like one"),
     "explore": ("uhml.commands.explore", "write a page to walk through the pictures and their hierarchy"),
     "compare": ("uhml.commands.compare", "put runs side by side, in a table and a plot"),
+    "reproduce": ("uhml.commands.reproduce", "train and score on the benchmarks that are there, and make their table"),
     "export": ("uhml.commands.export", "write a trained network for use elsewhere, as safetensors or ONNX"),
     "prepare": ("uhml.commands.prepare", "download and verify a data set"),
     "check-data": ("uhml.commands.check_data", "say what is wrong with a tree of pictures"),
@@ -50,7 +51,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status.
 
-    0: done. 2: an error of the user's. 75: preempted, and the same command goes on where it stopped; 130 after Ctrl-C.
+    0: done. 1: a rank or a run failed. 2: an error of the user's. 75: preempted, and the same command goes on where it
+    stopped; 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     # Some modules warn when they are imported, of nothing a user could do about.
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (UserError, OSError) as e:
             _tell(e)
             return 2
-        except RankFailed as e:
+        except (RankFailed, RunsFailed) as e:
             _tell(e)
             return 1
         except Preempted as e:

@@ -17,6 +17,10 @@ class RankFailed(RuntimeError):
     """Another rank failed, and this one cannot go on without it. What went wrong is in the other rank's log."""
 
 
+class RunsFailed(RuntimeError):
+    """Some of the runs that a command started failed. What went wrong is in their logs."""
+
+
 def known_everywhere(error: UserError) -> UserError:
     """Mark an error that every rank raises, so that it is enough if rank 0 tells the user."""
     error.add_note(KNOWN_EVERYWHERE)

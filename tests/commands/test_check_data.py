@@ -111,7 +111,7 @@ def test_what_training_refuses_is_named_with_its_reason(tree, report, num_worker
     assert (half, empty) == (str(tree / "ape" / "00.png"), str(tree / "dog" / "12.png"))
     assert why.startswith("cannot be decoded (")
     assert because == "is empty (0 bytes)"
-    assert "error: Training would refuse this data set: 2 unreadable pictures. Mend it, or add data.skip_corrupt" in err
+    assert "2 unreadable pictures. Mend it, or add data.skip_corrupt" in err
     assert report(*words, "data.skip_corrupt=true")[0] == 0
     assert cli.main(["check-data", *map(str, words)]) == 2
     assert "  dog/12.png: is empty (0 bytes)\n" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from uhml.commands.options import console, overridden
-from uhml.config import Config, load_config
+from uhml.config import Config, DataConfig, load_config
 from uhml.data.check import Report, as_json, check, relative
 from uhml.data.datasets import DATASETS
 from uhml.errors import UserError, did_you_mean
@@ -54,16 +54,27 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(as_json(report)))
     else:
         _print(report)
-    refused = {finding.name: f"{len(finding.items):,} {finding.what}" for finding in report.findings if finding.refused}
-    if refused:
-        can_skip = refused.keys() == {"unreadable"} and not config.data.skip_corrupt
-        cure = ", or add data.skip_corrupt=true to go on without them" if can_skip else ""
-        raise UserError(f"Training would refuse this data set: {', '.join(refused.values())}. Mend it{cure}.")
+    refuse(report, config.data)
     if args.source not in DATASETS:
         # A data set alone says nothing of batches.
         from uhml.train import check_batch_fits
 
         check_batch_fits(len(report.splits.train), config)
+
+
+def refuse(report: Report, config: DataConfig) -> None:
+    """Refuse a data set that training would refuse.
+
+    Raises:
+        UserError: with what is wrong, and what to do.
+    """
+    refused = {finding.name: f"{len(finding.items):,} {finding.what}" for finding in report.findings if finding.refused}
+    if refused:
+        can_skip = refused.keys() == {"unreadable"} and not config.skip_corrupt
+        cure = ", or add data.skip_corrupt=true to go on without them" if can_skip else ""
+        raise UserError(
+            f"Training would refuse {config.dataset} in {report.base}: {', '.join(refused.values())}. Mend it{cure}."
+        )
 
 
 def _config(source: str, root: str | None, overrides: Sequence[str]) -> Config:

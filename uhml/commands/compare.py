@@ -67,7 +67,7 @@ def table(runs: Sequence[RunRecord]) -> Table:
         shown.add_column("settings that differ", overflow="fold")
     if any(run.state != "finished" for run in runs):
         shown.add_column("state")
-    for heading in ("steps", "seconds", *([f"{_title(recall)} frozen"] if recall else []), *map(_title, scores)):
+    for heading in ("steps", "seconds", *([f"{title(recall)} frozen"] if recall else []), *map(title, scores)):
         shown.add_column(heading, justify="right")
     for run, name in zip(runs, _names(runs), strict=True):
         settings = [_settings(run, keys)] if keys else []
@@ -83,7 +83,7 @@ def table(runs: Sequence[RunRecord]) -> Table:
         if len(finished) > 1 and scores:
             others = [key for key in keys if key != SEED]
             settings = [escape(_settings(group[0], others))] if keys else []
-            means = [_with_deviation(spread(finished, score)) for score in scores]
+            means = [with_deviation(spread(finished, score)) for score in scores]
             shown.caption = "± is the standard deviation over seeds"
             empty = [""] * (len(shown.columns) - 1 - len(settings) - len(means))
             shown.add_row(f"mean of {len(finished)}", *settings, *empty, *means, style="bold")
@@ -108,7 +108,7 @@ def draw(path: Path, runs: Sequence[RunRecord]) -> None:
                 right.plot(*_smooth(run), color=colour)
         left.plot([], [], "o-", color=colour, label=label)
     left.plot([], [], ":", color="black", linewidth=1, label="frozen backbone")
-    left.set(title=f"{_title(recall) if recall else 'Recall'} of unseen classes, per cent", xlabel="step")
+    left.set(title=f"{title(recall) if recall else 'Recall'} of unseen classes, per cent", xlabel="step")
     right.set(title="Loss", xlabel="step")
     if not recall:
         left.text(0.5, 0.5, "no classes are known", transform=left.transAxes, ha="center", color="#656d76")
@@ -181,7 +181,8 @@ def _first_recall(runs: Sequence[RunRecord]) -> str:
     return next((next(iter(run.trained)) for run in runs if run.trained), "")
 
 
-def _title(score: str) -> str:
+def title(score: str) -> str:
+    """Return what to call a score of ``metrics.jsonl`` in a heading: "R@1"."""
     return {"map_at_r": "MAP@R", "nmi": "NMI"}.get(score) or score.replace("recall_at_", "R@")
 
 
@@ -197,7 +198,8 @@ def _per_cent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
 
 
-def _with_deviation(found: Spread | None) -> str:
+def with_deviation(found: Spread | None) -> str:
+    """Return a spread in per cent, "70.0 ± 1.2"; an empty text for None."""
     if found is None:
         return ""
     return (

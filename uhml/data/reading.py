@@ -8,6 +8,11 @@ from pathlib import Path
 
 from uhml.errors import UserError
 
+
+class NoDataSet(UserError):
+    """The folder does not hold the data set that was looked for, not even a part of it."""
+
+
 _noted: ContextVar[list[str] | None] = ContextVar("_noted", default=None)
 
 
@@ -21,7 +26,8 @@ def find_home(root: Path | None, name: str, folder: str, markers: Sequence[str])
         markers: files or folders below it; one of them must be there.
 
     Raises:
-        UserError: none is.
+        NoDataSet: none is.
+        UserError: there is no ``root``.
     """
     expected = " or ".join(markers)
     if root is None:
@@ -30,7 +36,7 @@ def find_home(root: Path | None, name: str, folder: str, markers: Sequence[str])
         if any((home / marker).exists() for marker in markers):
             return home
     found = "is no folder" if not root.is_dir() else f"holds {_some(sorted(os.listdir(root)))}"
-    raise UserError(
+    raise NoDataSet(
         f"data.root={root} {found}; data.dataset={name} expects {expected} in it or in its folder {folder}."
     )
 

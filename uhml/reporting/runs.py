@@ -6,7 +6,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,6 +17,9 @@ from uhml.errors import UserError, did_you_mean
 from uhml.run.status import read_status
 
 SEED = "train.seed"
+
+Scored = Literal["frozen", "start", "trained"]
+"""What of a run has scores: see :class:`RunRecord`."""
 
 
 class Curve(NamedTuple):
@@ -38,6 +41,7 @@ class RunRecord:
         seconds: it took; None before it ended.
         frozen: scores of the frozen backbone by their names in ``metrics.jsonl``, "recall_at_1" first or another
             Recall@K; empty without labels.
+        start: scores of the untrained embedding, by the ball's distance.
         trained: scores of the embedding, by the ball's distance, at the last step that was scored.
         recall: the first Recall@K of the embedding over the steps.
         loss: over the steps.
@@ -49,6 +53,7 @@ class RunRecord:
     step: int
     seconds: float | None
     frozen: dict[str, float]
+    start: dict[str, float]
     trained: dict[str, float]
     recall: Curve
     loss: Curve
@@ -77,6 +82,7 @@ def read_run(folder: Path) -> RunRecord:
         step=records[-1]["step"] if records else 0,
         seconds=None if result is None else result["seconds"],
         frozen=_scores(scored["backbone"][:1]),
+        start=_scores(scored["ball"][:1]),
         trained=_scores(scored["ball"][-1:]),
         recall=Curve([r["step"] for r in scored["ball"]], [r[first_recall] for r in scored["ball"]]),
         loss=Curve([r["step"] for r in trained], [r["loss"] for r in trained]),
@@ -105,9 +111,10 @@ class Spread(NamedTuple):
     deviation: float | None
 
 
-def spread(group: Sequence[RunRecord], score: str) -> Spread | None:
-    """Return the spread of a score of the trained embedding over the finished runs; None where none has it."""
-    values = [run.trained[score] for run in group if run.state == "finished" and score in run.trained]
+def spread(group: Sequence[RunRecord], score: str, kind: Scored = "trained") -> Spread | None:
+    """Return the spread of a score over the finished runs; None where none has it."""
+    scores = [getattr(run, kind) for run in group if run.state == "finished"]
+    values = [found[score] for found in scores if score in found]
     if not values:
         return None
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
