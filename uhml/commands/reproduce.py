@@ -251,8 +251,10 @@ def _check_data(runs: Sequence[Run], configs: Sequence[Config]) -> None:
         its_configs = [config for other, config in to_come if other == dataset]
         report = check(its_configs[0].data)
         refuse(report, its_configs[0].data)
-        odd = [f"{len(f.items):,} {f.what}" for f in report.findings if f.name in ("unreadable", "counts") and f.items]
-        logger.info("%s: %s", dataset, "; ".join(odd) or "complete, and every picture is readable")
+        found = {finding.name: finding.items for finding in report.findings}
+        skipped = [f"{len(found['unreadable']):,} unreadable pictures, skipped"] if found["unreadable"] else []
+        odd = "; ".join([*map(str, found["counts"]), *skipped])
+        logger.info("%s: %s", dataset, odd or "complete, and every picture is readable")
         for config in its_configs:
             check_batch_fits(len(report.splits.train), config)
 
