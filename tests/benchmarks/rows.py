@@ -4,8 +4,8 @@
 
 "labels" and "contrastive" are ``uhml train`` with one part replaced. "simclr" is lightly's head and loss
 (``pip install lightly``); "stml" is the loss and the teacher of STML's official code, from a clone of
-https://github.com/tjddus9597/STML-CVPR22 that the environment variable STML names. These two take our batches of two
-views, and are deployed both as their authors do and like ours, behind a head fitted at the end.
+https://github.com/tjddus9597/STML-CVPR22 that the environment variable STML names. These two
+are deployed like ours, behind a head fitted at the end; STML's own embedding is scored beside it.
 """
 
 import argparse

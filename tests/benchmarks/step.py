@@ -145,6 +145,9 @@ def draw(losses, path):
                 sizes, values = zip(*found, strict=True)
                 scale = 2**30 if key == "bytes" else 1
                 axis.loglog(sizes, [value / scale for value in values], "o-", label=kind)
+        sizes = sorted({row["size"] for row in losses})
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axis.set_xticks([], minor=True)
         axis.set(xlabel="global batch", ylabel=unit)
         axis.grid(alpha=0.3)
     axes[0].legend()

@@ -86,6 +86,8 @@ def _timm_network(name: str, config: ModelConfig, image_size: int) -> tuple[nn.M
             lambda: timm.create_model(name, pretrained=config.weights == "hub", num_classes=0, **options), name
         )
     except (AssertionError, TypeError) as e:
+        if config.pooling == "default":
+            raise
         raise UserError(f"model.backbone={name} has no choice of model.pooling={config.pooling}: leave it out.") from e
     expected = resolve_model_data_config(network)
     return network, expected["mean"], expected["std"]
