@@ -11,7 +11,16 @@ from torch import nn
 
 from uhml import distributed, poincare
 from uhml import loss as loss_module
-from uhml.loss import DISTANCE_FLOOR, Batch, HierarchicalLogRatioLoss, global_loss, similarity_levels
+from uhml.config import LossConfig
+from uhml.loss import (
+    DISTANCE_FLOOR,
+    Batch,
+    HierarchicalLogRatioLoss,
+    HierarchicalLoss,
+    ViewContrast,
+    global_loss,
+    similarity_levels,
+)
 
 omegas = st.floats(0.05, 0.95)
 seeds = st.integers(0, 2**32 - 1)
@@ -215,3 +224,41 @@ def test_blocks_are_each_row_once_and_no_larger_than_asked(monkeypatch):
         blocks = list(Batch(torch.zeros(16, 2), torch.zeros(16), range(6, 12)).blocks())
         assert [row for rows in blocks for row in rows] == list(range(6, 12))
         assert max(map(len, blocks)) == size
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 8), st.floats(0.5, 20), seeds)
+def test_contrast_of_views_is_the_cross_entropy_of_the_other_view_against_other_pictures(num_pictures, sharpness, seed):
+    random = np.random.default_rng(seed)
+    pictures = torch.from_numpy(random.permutation(np.repeat(np.arange(num_pictures), 2)))
+    distances = torch.from_numpy(random.uniform(0.01, 4, (len(pictures), len(pictures))))
+    similarity = similarity_levels(tree_levels(num_pictures, random, 2), pictures, pictures)
+    expected = 0.0
+    for i, picture in enumerate(pictures):
+        (view,) = [j for j in range(len(pictures)) if j != i and pictures[j] == picture]
+        logits = -sharpness * torch.stack([distances[i, view], *distances[i][pictures != picture]]).log()
+        expected += float(nn.functional.cross_entropy(logits[None], torch.tensor([0])))
+    found = ViewContrast(sharpness, 3)(distances, similarity, torch.eye(len(pictures), dtype=torch.bool))
+    assert float(found) == pytest.approx(expected, rel=1e-9)
+
+
+def test_contrast_is_nothing_where_a_picture_has_one_view():
+    distances, _, is_self = batch(4, 0, 3, 0)
+    found = ViewContrast(10.0, 3)(distances.requires_grad_(), 3 * is_self.long(), is_self)
+    found.backward()
+    assert float(found.detach()) == 0
+    assert not distances.grad.any()
+
+
+def test_the_loss_is_the_log_ratio_loss_and_so_much_contrast():
+    distances, _, is_self = batch(6, 0, 3, 0)
+    picture = torch.tensor([0, 0, 1, 1, 2, 2])
+    similarity = 4 * (picture[:, None] == picture).long()
+    options = LossConfig(omega=0.7, view_weight=0.4, view_sharpness=6.0)
+    log_ratio, anchors = HierarchicalLogRatioLoss(0.7, 4)(distances, similarity, is_self)
+    contrast = ViewContrast(6.0, 4)(distances, similarity, is_self)
+    total, count = HierarchicalLoss(options, num_cuts=3, num_views=2)(distances, similarity, is_self)
+    assert float(total) == pytest.approx(float(log_ratio + 0.4 * contrast))
+    assert count == anchors
+    without, _ = HierarchicalLoss(options, num_cuts=4, num_views=1)(distances, similarity, is_self)
+    assert float(without) == pytest.approx(float(log_ratio))

@@ -197,11 +197,18 @@ class MiningConfig:
 
 @_section
 class LossConfig:
-    """The hierarchical log-ratio loss."""
+    """The hierarchical log-ratio loss, and the contrast of views beside it."""
 
     omega: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.8
     """Ratio of distances asked for between neighbouring levels: a pair one level closer shall be at omega times the
     distance. Nearer 1 is gentler."""
+
+    view_weight: NonNegative = 0.3
+    """Weight of the contrast of two views of a picture against the other pictures, beside the log-ratio loss on all
+    levels; 0 leaves it out, as the article does. It needs mining.num_views=2."""
+
+    view_sharpness: Positive = 10.0
+    """How much more the nearest other pictures count in that contrast: the p of log(1 + sum (d_view / d_other)^p)."""
 
 
 @_section

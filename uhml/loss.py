@@ -1,4 +1,7 @@
-"""The hierarchical log-ratio loss (Yan et al., CVPR 2021, after Kim et al., CVPR 2019), without its triplets."""
+"""The hierarchical log-ratio loss (Yan et al., CVPR 2021, after Kim et al., CVPR 2019), without its triplets.
+
+Beside it stands a contrast of the two views of a picture.
+"""
 
 import dataclasses
 import math
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from uhml import distributed, poincare
+from uhml.config import LossConfig
 
 # Distances below this are taken for this: the logarithm of a duplicate's distance 0 must not rule a batch. It is a
 # thousandth of the usual distance between pictures of a batch, which is about 1.
@@ -90,6 +94,56 @@ class HierarchicalLogRatioLoss(nn.Module):
         return per_anchor.sum(), has_triplets.sum()
 
 
+class ViewContrast(nn.Module):
+    """``C(i, v) = log( 1 + sum_l (d_iv / d_il)^p )`` for two views i, v of a picture, over the other pictures' views l.
+
+    It is p times the soft maximum of the log-ratios, so that the nearest others weigh most, where the log-ratio loss
+    asks all alike. Nothing is guessed here: that two views are one picture is known, which no cluster is. It is the
+    loss of SimCLR (Chen et al., ICML 2020, eq. 1) with ``-log d`` for the similarity and 1/p for the temperature.
+
+    Args:
+        sharpness: p > 0.
+        view_level: s_ij of two views of a picture, the greatest there is.
+    """
+
+    def __init__(self, sharpness: float, view_level: int) -> None:
+        super().__init__()
+        self.sharpness, self.view_level = sharpness, view_level
+
+    def forward(self, distances: Tensor, similarity: Tensor, is_self: Tensor) -> Tensor:
+        """Sum the contrast over anchors, each with the mean over its picture's other views; arguments as above."""
+        logits = -self.sharpness * distances.clamp_min(DISTANCE_FLOOR).log()
+        of_picture = similarity == self.view_level
+        nearest_others = logits.masked_fill(of_picture | is_self, -math.inf).logsumexp(1, keepdim=True)
+        views = of_picture & ~is_self
+        contrast = torch.where(views, nn.functional.softplus(nearest_others - logits), 0)
+        return (contrast.sum(1) / views.sum(1).clamp_min(1)).sum()
+
+
+class HierarchicalLoss(nn.Module):
+    """What is learned from: the log-ratio loss on all levels, and the contrast of views beside it.
+
+    Args:
+        options: the weights of both.
+        num_cuts: levels of the hierarchy.
+        num_views: of each picture in a batch; two views of one picture are one level above the finest cluster.
+    """
+
+    def __init__(self, options: LossConfig, num_cuts: int, num_views: int) -> None:
+        super().__init__()
+        num_levels = num_cuts + (num_views > 1)
+        self.log_ratio = HierarchicalLogRatioLoss(options.omega, num_levels)
+        self.view_weight = options.view_weight if num_views > 1 else 0.0
+        self.view_contrast = ViewContrast(options.view_sharpness, num_levels)
+
+    def forward(self, distances: Tensor, similarity: Tensor, is_self: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum the loss over anchors; arguments and result as of :class:`HierarchicalLogRatioLoss`."""
+        total, num_anchors = self.log_ratio(distances, similarity, is_self)
+        if self.view_weight:
+            total = total + self.view_weight * self.view_contrast(distances, similarity, is_self)
+        return total, num_anchors
+
+
 class Pairs(NamedTuple):
     """Of some rows ``[a]`` of a batch with all of its ``[B]``, each ``[a, B]``: what the loss is a function of."""
 
@@ -151,13 +205,13 @@ class GlobalLoss(NamedTuple):
     gradient: Tensor
 
 
-def global_loss(loss_function: HierarchicalLogRatioLoss, batch: Batch, levels: Tensor, curvature: float) -> GlobalLoss:
+def global_loss(loss_function: nn.Module, batch: Batch, levels: Tensor, curvature: float) -> GlobalLoss:
     """Return the loss of a global batch and its gradient, which also other ranks' anchors have a part in. A collective.
 
     Each block of anchors goes back at once, so memory grows by the batch and not by its square.
 
     Args:
-        loss_function: of the pairs of some anchors.
+        loss_function: of the pairs of some anchors, as :class:`HierarchicalLogRatioLoss` is.
         batch: gathered.
         levels: ``[K, n]``, cluster of each picture on each cut.
         curvature: c >= 0.

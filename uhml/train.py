@@ -23,7 +23,7 @@ from uhml.embedding import embed_share
 from uhml.errors import UserError, known_everywhere
 from uhml.evaluate import score_unseen
 from uhml.hierarchy import average_linkage_over_ranks
-from uhml.loss import Batch, HierarchicalLogRatioLoss, global_loss
+from uhml.loss import Batch, HierarchicalLoss, global_loss
 from uhml.metrics import Scores
 from uhml.mining import ClusterBatches
 from uhml.model import Embedder, FeatureMoments, build_embedder
@@ -103,9 +103,7 @@ def learn(state: TrainingState, splits: Splits, config: Config, run: OpenRun, re
         state.save(run.folder, report.settle)
 
     parallel = distributed.data_parallel(state.model)
-    # Two views of one picture are one level above the finest cluster.
-    num_levels = len(config.hierarchy.cuts) + (config.mining.num_views > 1)
-    loss_function = HierarchicalLogRatioLoss(config.loss.omega, num_levels)
+    loss_function = HierarchicalLoss(config.loss, len(config.hierarchy.cuts), config.mining.num_views)
     remaining = range(state.step, num_steps)
     steps = progress(remaining, "train", done=state.step, unit="step", note=state.stepper.note)
     with profiled(run.folder, config.train.profile_steps) as step_ends:
@@ -281,7 +279,7 @@ def train_step(
     images: Tensor,
     pictures: Tensor,
     state: TrainingState,
-    loss_function: HierarchicalLogRatioLoss,
+    loss_function: nn.Module,
     config: Config,
     run_dir: Path,
 ) -> tuple[dict[str, Tensor | float], Batch]:

@@ -27,6 +27,7 @@ ARTICLE = [
     "mining.pictures_per_cluster=8",
     "hierarchy.cut_by=counts",
     "loss.omega=0.794",
+    "loss.view_weight=0",
     "optim.learning_rate=1e-5",
     "optim.weight_decay=5e-4",
     "optim.schedule=constant",

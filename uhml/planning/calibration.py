@@ -27,7 +27,7 @@ from uhml.hierarchy import Dendrogram, average_linkage
 from uhml.hierarchy.geometry import Geometry
 from uhml.hierarchy.graph import graph_linkage
 from uhml.hierarchy.knn import nearest_neighbors
-from uhml.loss import HierarchicalLogRatioLoss
+from uhml.loss import HierarchicalLoss
 from uhml.metrics import Embedded, kmeans_clusters, retrieval
 from uhml.model import Embedder, build_embedder
 from uhml.planning.costs import LINKAGE_GROWTH, Growth, Network
@@ -260,7 +260,7 @@ def _steps(model: Embedder, config: Config, pictures: Pictures, folder: Path, vi
     num_levels = len(config.hierarchy.cuts)
     state = TrainingState(model, Splits(train=pictures), small)
     state.levels = nested_levels(len(pictures), num_levels).to(model.device)
-    loss = HierarchicalLogRatioLoss(config.loss.omega, num_levels + (config.mining.num_views > 1))
+    loss = HierarchicalLoss(config.loss, num_levels, config.mining.num_views)
     times = []
     with contextlib.closing(iter(cluster_batches(state, pictures, small, num_steps))) as batches:
         for images, rows in batches:
