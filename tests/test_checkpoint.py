@@ -1,3 +1,4 @@
+import hashlib
 import pickle
 
 import numpy as np
@@ -6,11 +7,13 @@ import torch
 from torch import nn
 
 from uhml.config import OptimConfig
+from uhml.data.pictures import Pictures, Splits
 from uhml.errors import UserError
 from uhml.model import Embedder, HyperbolicHead
 from uhml.optim import build_optimizer, build_schedule
 from uhml.run import checkpoint
 from uhml.run.checkpoint import DamagedFile, keep_best, load_weights, newest_checkpoint, read_file, save_checkpoint
+from uhml.run.training_state import fingerprint
 
 
 def network(num_features=3):
@@ -229,3 +232,10 @@ class Features(nn.Linear):
 
     def __init__(self):
         super().__init__(4, 4)
+
+
+def test_fingerprint_is_of_names_below_the_folder_that_holds_all(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    splits = Splits(train=Pictures(paths=("a/1.png", "./b/2.png")), test=Pictures(paths=(f"{tmp_path}/a/c/3.png",)))
+    digests = [hashlib.sha256(names).hexdigest() for names in (b"/a/1.png\n/b/2.png", b"/a/c/3.png")]
+    assert fingerprint(splits) == [(2, digests[0]), (1, digests[1])]

@@ -18,6 +18,7 @@ from uhml.config import DataConfig, ModelConfig
 from uhml.data.transforms import plain_transform
 from uhml.errors import UserError
 from uhml.model import Backbone, Embedder, FeatureMoments, HyperbolicHead, build_backbone, build_embedder
+from uhml.model import head as head_module
 from uhml.poincare import distance_matrix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,16 +102,31 @@ def _moments(features):
     return moments.mean, moments.covariance, moments.num_pictures
 
 
+def _moments_in_blocks(features):
+    head_module.ROWS_AT_ONCE = 7
+    return _moments(features)
+
+
 @pytest.mark.ddp
-@pytest.mark.parametrize("n", [2, 50])
-def test_moments_over_ranks_are_numpys(n):
+@pytest.mark.parametrize(("n", "moments"), [(2, _moments), (50, _moments), (50, _moments_in_blocks)])
+def test_moments_over_ranks_are_numpys(n, moments):
     features = correlated(n, 4)
     exact = features.double().numpy()
     for world_size in (1, 2, 3):
-        for mean, covariance, num_pictures in run_ranks(_moments, world_size, features):
+        for mean, covariance, num_pictures in run_ranks(moments, world_size, features):
             assert num_pictures == n
             np.testing.assert_allclose(mean, exact.mean(0), rtol=1e-12)
             np.testing.assert_allclose(covariance, np.cov(exact.T, bias=True), rtol=1e-9, atol=1e-9)
+
+
+def test_a_data_sets_features_are_mapped_to_the_ball_in_blocks(monkeypatch):
+    features, head, most = correlated(50, 12), HyperbolicHead(12, 5, 0.1, 2.3), []
+    whole = head(features)
+    monkeypatch.setattr(head_module, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(head, "tangent", lambda rows: most.append(len(rows)) or HyperbolicHead.tangent(head, rows))
+    torch.testing.assert_close(head(features), whole)
+    assert max(most) == 7
+    assert sum(most) == 50
 
 
 def test_whitened_start_is_pca_with_each_axis_divided_by_the_root_of_its_singular_value():

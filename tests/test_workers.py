@@ -1,6 +1,9 @@
 import contextlib
+import ctypes
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -88,3 +91,34 @@ def test_the_next_batch_or_what_comes_when_there_is_none():
     batches = iter(Loader(Rows(), batch_size=12, num_workers=0))
     assert len(next_together(batches, ())) == 12
     assert next_together(batches, ()) == ()
+
+
+FREED = """
+import ctypes, re
+from torch.utils.data import Dataset
+from uhml.data.workers import Loader
+from uhml.environment import keep_freed_memory
+
+class Held(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        return 1024 * int(re.search(r"RssAnon:\\s*(\\d+)", open("/proc/self/status").read())[1])
+
+keep_freed_memory()
+before = Held()[0]
+blocks = [b"x" * 2**20 for _ in range(300)]
+last = b"x" * 2**20
+del blocks
+(held,) = Loader(Held(), num_workers=1, collate_fn=lambda items: items[0])
+print(Held()[0] - before, held - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_workers_do_not_hold_what_the_training_process_has_freed():
+    told = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True).stdout
+    of_trainer, of_worker = map(int, told.split())
+    assert of_trainer < 200 * 2**20
+    assert of_worker < 200 * 2**20

@@ -108,7 +108,13 @@ def embed_share(
         ``[len(share(n)), d]``, on the model's device; :func:`uhml.distributed.all_gather_shares` puts the shares
         together.
     """
-    return torch.cat([found.rows for found in embed_rounds(model, pictures, config, description, features=features)])
+    width = model.backbone.num_features if features else config.model.embedding_dim
+    # Made once, and not put together in the end, which would take all of it twice.
+    rows, done = torch.empty(len(distributed.share(len(pictures))), width, device=model.device), 0
+    for found in embed_rounds(model, pictures, config, description, features=features):
+        rows[done : done + len(found.rows)] = found.rows
+        done += len(found.rows)
+    return rows
 
 
 def embed_to_file(

@@ -63,3 +63,13 @@ def keep_freed_memory() -> None:
         # 32 MiB is the most that an older glibc takes.
         if mallopt(m_mmap_threshold, 2**30) or mallopt(m_mmap_threshold, 2**25):
             mallopt(m_trim_threshold, never)
+
+
+def give_back_freed_memory() -> None:
+    """Have the C library give what is freed back to the system for once. With glibc; elsewhere nothing happens.
+
+    A process that is forked gets all of it, and holds on to it when this one writes there anew.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -239,7 +239,7 @@ def test_the_room_it_takes_is_told_and_must_be_there(splits, config, monkeypatch
         readable_pictures(splits, config)
     assert "15 pictures into the cache, where they take about 0.00 GiB; 1024.0 GiB are free" in caplog.text
     size = sum(path.stat().st_size for path in kept(config)) - 24 * (NUM_TRAIN + NUM_TEST)
-    paths = splits.train.paths + splits.test.paths
+    paths = [*splits.train.paths, *splits.test.paths]
     assert cache.bytes_per_picture(paths, None) * len(paths) == size
 
 

@@ -88,3 +88,12 @@ def test_train_and_test_folders_are_no_classes(tmp_path, draw):
     draw(tmp_path, "train/cat/1.png", "val/cat/1.png")
     with pytest.raises(UserError, match=r"named train, val: parts of a data set.*Point data\.root to one"):
         load_splits("folder", tmp_path)
+
+
+def test_order_is_that_of_paths_and_none_begins_with_the_present_folder(tmp_path, monkeypatch):
+    names = ["a/x.png", "a-b/x.png", "a b/x.png", "a/x-1.png", "a.png", "ä/x.png", "a/b/x.png", "Z.JPG"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert load_splits("folder", Path()).train.paths == [str(path) for path in sorted(map(Path, names))]

@@ -153,7 +153,7 @@ def test_cars(tmp_path, draw, layout, up):
         assert all(Path(path).is_file() for path in pictures.paths)
     if layout != "pooled":
         # 00001.jpg of the train half and 00001.jpg of the test half are two pictures.
-        assert len(set(splits.train.paths + splits.test.paths)) == 4
+        assert len({*splits.train.paths, *splits.test.paths}) == 4
 
 
 def test_cars_refusals(tmp_path, draw):

@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 from uhml import distributed
 from uhml.config import DataConfig
 from uhml.data.decode import UnreadablePicture, load_rgb, stamp
+from uhml.data.names import absolute
 from uhml.data.transforms import reduced
 from uhml.data.workers import Loader, next_together
 from uhml.environment import place
@@ -141,9 +142,8 @@ def _names(groups: Sequence[Sequence[str]], reduce_to: int | None) -> list[str]:
 
     def name(paths: Sequence[str]) -> str:
         digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {reduce_to}".encode())
-        for path in paths:
-            # The whole path: sizes and times are alike in an archive's folders of uncompressed pictures.
-            digest.update(b"\0" + os.fsencode(os.path.abspath(path)) + f"\0{stamp(path)}".encode())
+        # The whole path: sizes and times are alike in an archive's folders of uncompressed pictures.
+        digest.update(os.fsencode("".join(f"\0{path}\0{stamp(path)}" for path in absolute(paths))))
         return digest.hexdigest()
 
     own = progress(distributed.share(len(groups)), "look for pictures in the cache", unit="file")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from uhml.data.decode import FORMATS
+from uhml.data.names import common_folder
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.splitting import first_half, split
 from uhml.errors import UserError
@@ -36,8 +37,8 @@ def folder(root: Path | None) -> Splits:
     if not root.is_dir():
         raise UserError(f"data.root={root} is no folder; data.dataset=folder expects one with pictures.")
     paths = pictures_below(root, f"data.root={root}")
-    base = Path(os.path.commonpath([path.parent for path in paths]))
-    inside = [path.relative_to(base).parts for path in paths]
+    base = common_folder(paths)
+    inside = [path[len(base) :].lstrip(os.sep).split(os.sep, 1) for path in paths]
     loose = [path for path, parts in zip(paths, inside, strict=True) if len(parts) == 1]
     if loose:
         if len(loose) < len(paths):
@@ -47,17 +48,17 @@ def folder(root: Path | None) -> Splits:
                 f"{len(paths):,}",
                 loose[0],
             )
-        return Splits(train=Pictures(paths=tuple(str(path) for path in paths)))
+        return Splits(train=Pictures(paths=paths))
     classes = [parts[0] for parts in inside]
     if {name.lower() for name in classes} <= PARTS:
         raise UserError(
-            f"The folders in {base} are named {', '.join(sorted(set(classes)))}: parts of a data set, not classes. "
-            "Point data.root to one of them, or use data.dataset=list with a column split."
+            f"The folders in {base or os.curdir} are named {', '.join(sorted(set(classes)))}: parts of a data set, not "
+            "classes. Point data.root to one of them, or use data.dataset=list with a column split."
         )
-    return split([str(path) for path in paths], classes, None, first_half(classes))
+    return split(paths, classes, None, first_half(classes))
 
 
-def pictures_below(root: Path, said: str) -> list[Path]:
+def pictures_below(root: Path, said: str) -> list[str]:
     """List every picture below a folder, in sorted order. Hidden files and those that are no pictures are passed over.
 
     Args:
@@ -69,7 +70,7 @@ def pictures_below(root: Path, said: str) -> list[Path]:
     """
     paths, num_others = [], 0
     for path in _files(root):
-        if path.suffix.lower() in FORMATS:
+        if os.path.splitext(path)[1].lower() in FORMATS:
             paths.append(path)
         else:
             num_others += 1
@@ -77,16 +78,20 @@ def pictures_below(root: Path, said: str) -> list[Path]:
         logger.info("%s: passed over %s files that are no pictures", root, f"{num_others:,}")
     if not paths:
         raise UserError(f"{said} holds no picture ({', '.join(FORMATS)}), nor do folders below it.")
-    return sorted(paths)
+    # By the names of folders, then of files: those of one folder together, and as people sort them.
+    return sorted(paths, key=lambda path: path.replace(os.sep, "\0"))
 
 
-def _files(root: Path) -> Iterator[Path]:
+def _files(root: Path) -> Iterator[str]:
     """Yield the files below ``root`` that are not hidden. Links are followed, but not back up."""
     for where, folders, files in os.walk(root, followlinks=True):
         here = os.path.realpath(where) + os.sep
         folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and not here.startswith(os.path.realpath(os.path.join(where, name)) + os.sep)
+            name for name in folders if not name.startswith(".") and not _leads_up(os.path.join(where, name), here)
         ]
-        yield from (Path(where, name) for name in files if not name.startswith("."))
+        inside = "" if where == os.curdir else where.removeprefix(os.curdir + os.sep)
+        yield from (os.path.join(inside, name) for name in files if not name.startswith("."))
+
+
+def _leads_up(folder: str, here: str) -> bool:
+    return os.path.islink(folder) and here.startswith(os.path.realpath(folder) + os.sep)

@@ -24,10 +24,7 @@ def list_images(source: Path) -> Pictures:
         raise UserError(f"--images {source} is a picture: name a folder, or a text or CSV file that lists pictures.")
     if not source.exists():
         raise UserError(f"--images {source}: there is no such folder or list.")
-    if source.is_dir():
-        paths = tuple(str(path) for path in pictures_below(source, f"--images {source}"))
-    else:
-        paths = tuple(read_list(source)["path"])
+    paths = pictures_below(source, f"--images {source}") if source.is_dir() else read_list(source)["path"]
     for path in paths:
         try:
             path.encode()

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import os
 from pathlib import Path
 
 from uhml.data.pictures import Pictures, Splits
@@ -35,7 +36,7 @@ def listed(root: Path | None) -> Splits:
     paths = columns["path"]
     labels, super_labels, parts = (columns.get(column) for column in COLUMNS[1:])
     if labels is None:
-        return Splits(train=Pictures(paths=tuple(paths)))
+        return Splits(train=Pictures(paths=paths))
     splits = split(paths, labels, super_labels, first_half(labels) if parts is None else [p == "train" for p in parts])
     if not len(splits.train):
         raise UserError(f"{root}: no row has the split train.")
@@ -63,7 +64,8 @@ def read_list(file: Path) -> dict[str, list[str]]:
         columns = _read_csv(file)
     else:
         columns = {"path": [line.strip() for line in read_lines(file) if line.strip()]}
-    columns["path"] = [str(file.parent / path) for path in columns["path"]]
+    folder = "" if file.parent == Path() else str(file.parent)
+    columns["path"] = [os.path.join(folder, path) for path in columns["path"]]
     if not columns["path"]:
         raise UserError(f"{file} lists no pictures.")
     check_exist(columns["path"], file)
@@ -72,8 +74,8 @@ def read_list(file: Path) -> dict[str, list[str]]:
 
 def _read_csv(file: Path) -> dict[str, list[str]]:
     """Return the columns of ``COLUMNS`` that ``file`` has."""
-    reader = csv.DictReader(read_lines(file))
-    header = list(reader.fieldnames or ())
+    reader = csv.reader(read_lines(file))
+    header = next(reader, [])
     if "path" not in header:
         raise UserError(
             f"{file}, line 1: expected a header with the column path, found {', '.join(header) or 'nothing'}."
@@ -85,10 +87,11 @@ def _read_csv(file: Path) -> dict[str, list[str]]:
     if "label" not in known and len(known) > 1:
         raise UserError(f"{file}, line 1: the column {known[1]} needs a column label beside it.")
     columns: dict[str, list[str]] = {column: [] for column in known}
-    for row in reader:
-        for column in known:
-            value = row[column]
-            if not value or None in row:
+    places = [(column, header.index(column)) for column in known]
+    for row in filter(None, reader):
+        for column, place in places:
+            value = row[place] if place < len(row) <= len(header) else ""
+            if not value:
                 raise UserError(
                     f"{file}, line {reader.line_num}: expected {len(header)} fields ({', '.join(header)}) "
                     f"and none of {', '.join(known)} empty."

@@ -104,9 +104,9 @@ class _RankBatches:
     def __iter__(self) -> Iterator[list[_View]]:
         for step in self.steps:
             rows = np.repeat(self.batch_of_step(step), self.num_views)
-            views = [_View(int(picture), step, row) for row, picture in enumerate(rows)]
-            own = len(views) // distributed.world_size()
-            yield views[distributed.rank() * own :][:own]
+            own = len(rows) // distributed.world_size()
+            first = distributed.rank() * own
+            yield [_View(int(picture), step, first + i) for i, picture in enumerate(rows[first : first + own])]
 
 
 def training_batches(

@@ -9,6 +9,7 @@ from PIL import Image
 
 from uhml.data.cache import Cached
 from uhml.data.decode import load_rgb
+from uhml.data.names import Names
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -18,8 +19,8 @@ class Pictures:
     Labels never reach training: they score an embedding, or a hierarchy, from outside.
     """
 
-    paths: tuple[str, ...]
-    """The n files."""
+    paths: Sequence[str]
+    """The n files; kept as :class:`uhml.data.names.Names`, whatever they are given as."""
     labels: NDArray[np.int64] | None = None
     """``[n]``, the class of each picture, an index into ``class_names``; None where classes are not known."""
     super_labels: NDArray[np.int64] | None = None
@@ -30,6 +31,10 @@ class Pictures:
     """In sorted order."""
     cached: Cached | None = None
     """Where they are kept decoded, if they are."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.paths, Names):
+            object.__setattr__(self, "paths", Names(self.paths))
 
     @classmethod
     def from_names(
@@ -48,7 +53,7 @@ class Pictures:
         labels, class_names = _number(classes)
         super_labels, super_class_names = (None, ()) if super_classes is None else _number(super_classes)
         return cls(
-            paths=tuple(paths),
+            paths=paths,
             labels=labels,
             super_labels=super_labels,
             class_names=class_names,
@@ -72,7 +77,7 @@ class Pictures:
         rows = np.asarray(indices, dtype=np.int64)
         return replace(
             self,
-            paths=tuple(self.paths[i] for i in rows),
+            paths=Names(self.paths[i] for i in rows),
             labels=None if self.labels is None else self.labels[rows],
             super_labels=None if self.super_labels is None else self.super_labels[rows],
             cached=None if self.cached is None else self.cached.select(rows),

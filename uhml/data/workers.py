@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from uhml import distributed
+from uhml.environment import give_back_freed_memory
 from uhml.errors import UserError
 from uhml.run import interruption
 
@@ -75,6 +76,8 @@ class Loader(DataLoader[Any]):
         super().__init__(_Tolerant(dataset), collate_fn=collate, worker_init_fn=interruption.leave_to_parent, **options)
 
     def __iter__(self) -> Generator[Any]:  # type: ignore[override]
+        if self.num_workers:
+            give_back_freed_memory()
         with interruption.workers_starting():
             batches: Any = super().__iter__()
         try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 
 import scipy.linalg
 import torch
@@ -11,6 +12,9 @@ from uhml import distributed, poincare
 from uhml.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 2**13
+"""Of a whole data set's features, so many are worked on at a time: what that takes besides does not grow with it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +38,25 @@ class FeatureMoments:
         Raises:
             UserError: a feature is not finite.
         """
-        own = own_features.double()
-        count = distributed.all_reduce_sum(torch.tensor(float(len(own)), device=own.device))
-        mean = distributed.all_reduce_sum(own.sum(0)) / count
-        centred = own - mean
-        covariance = distributed.all_reduce_sum(centred.T @ centred) / count
+        count = distributed.all_reduce_sum(torch.tensor(float(len(own_features)), device=own_features.device))
+        mean = distributed.all_reduce_sum(_added_up(own_features, lambda rows: rows.sum(0))) / count
+        products = _added_up(own_features, lambda rows: (rows - mean).T @ (rows - mean))
+        covariance = distributed.all_reduce_sum(products) / count
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise UserError(
                 "The backbone's features hold NaN or infinity: look for the fault in its weights, "
                 "or lower optim.learning_rate if training made them so."
             )
         return cls(mean, covariance, int(count))
+
+
+def _added_up(features: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the sum of what ``work`` makes of blocks of rows in float64."""
+    blocks = features.split(ROWS_AT_ONCE)
+    total = work(blocks[0].double())
+    for block in blocks[1:]:
+        total += work(block.double())
+    return total
 
 
 class HyperbolicHead(nn.Module):
@@ -75,6 +87,8 @@ class HyperbolicHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features ``[b, num_features]`` to points of the ball ``[b, embedding_dim]``, float32."""
+        if len(features) > ROWS_AT_ONCE:
+            return torch.cat([self(rows) for rows in features.split(ROWS_AT_ONCE)])
         with torch.autocast(features.device.type, enabled=False):
             return poincare.exponential_map(self.clip(self.tangent(features)), self.curvature)
 

@@ -13,6 +13,7 @@ from uhml.hierarchy.graph import graph_memory
 from uhml.hierarchy.linkage import GATHER_UP_TO
 from uhml.loss import PAIRS_AT_ONCE
 from uhml.metrics import BLOCK_BYTES
+from uhml.model.head import ROWS_AT_ONCE
 from uhml.reporting.figures import THUMBNAIL
 from uhml.reporting.projector import MOST
 
@@ -258,8 +259,8 @@ def memory(config: Config, sizes: Sizes, ranks: Ranks, network: Network, *, rank
     # Pictures, what one pass of the network keeps of them, and the loss of the pairs that are compared at once.
     step = batch * picture + micro_batch * (network.saved + network.widest) + (4 * num_levels + 20) * pairs * FLOAT
     forward = config.eval.batch_size * (network.widest + picture)
-    # Rows as they come and put together; then, for the head, twice in float64.
-    features = own * width * (2 * FLOAT if not config.model.projector else FLOAT + 2 * DOUBLE)
+    # Rows, and some of them in float64 for the head.
+    features = own * width * FLOAT + min(own, ROWS_AT_ONCE) * width * 3 * DOUBLE
     embedding = own * width * FLOAT + forward
     clustering = max(features, own * width * FLOAT + own * d * FLOAT + _clustering(config, n, own, rank))
     scored = sizes.scored * width
@@ -309,17 +310,20 @@ def batches_in_flight(config: Config, ranks: Ranks) -> int:
 
 
 def wire_per_step(config: Config, ranks: Ranks, network: Network) -> tuple[int, int]:
-    """Return the bytes that a rank brings to the exchanges of one step, and the least possible.
+    """Return the bytes that a rank sends in one step, and the least possible.
 
-    Of a rank's own making, as a program hands them over; how often they travel is the network library's business. The
-    least is the gradients and, of each of B views, d coordinates and a number.
+    All goes round in rings: of R parts of a sum each is sent on 2 (R - 1) times, of R parts that are gathered R - 1
+    times. The least is the gradients and, of each of B views, d coordinates and a number.
     """
-    if ranks.world_size == 1:
-        return 0, 0
-    views, d = config.train.global_batch_size, config.model.embedding_dim
-    points, pictures = views * d * FLOAT, views * INT
-    # The points' gradients come back; then two sums and a word whether all are well.
-    return network.learned + 2 * points + pictures + 3 * INT, network.learned + views * (d + 1) * FLOAT
+    world, views, d = ranks.world_size, config.train.global_batch_size, config.model.embedding_dim
+    gathered = views * (d + 1) * FLOAT
+    # Besides the gradients, those of the points; then two sums and a word whether all are well.
+    summed = network.learned + views * d * FLOAT + 2 * FLOAT + INT
+
+    def sent(summed: int) -> int:
+        return (2 * summed + gathered) * (world - 1) // world
+
+    return sent(summed), sent(network.learned)
 
 
 def seconds_of_exchange(bytes_of_rank: int, ranks: Ranks, link: float, node_network: float) -> float:

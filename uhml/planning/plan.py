@@ -179,7 +179,8 @@ def _why_memory(plan: Plan, machine: Machine, measured: Calibration) -> str:
     elif phase == "clustering" and options.mode == "graph":
         section, key, step = "hierarchy", "num_neighbors", 1
         work = f"Clustering {plan.sizes.train:,} pictures on rank 0"
-        other = "or train on fewer pictures"
+        fewer = most_pictures(config, plan.sizes, plan.ranks, machine, measured)
+        other = f"or train on {fewer:,} pictures at most" if fewer else "or train on fewer pictures"
     elif phase == "clustering":
         return (
             _need(f"hierarchy.mode={options.mode} on {plan.sizes.train:,} pictures", memory.peak, machine)

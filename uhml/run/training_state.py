@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -16,6 +17,7 @@ from torch import Tensor
 import uhml
 from uhml import distributed
 from uhml.config import Config, dump_config, parse_dump
+from uhml.data.names import absolute, common_folder
 from uhml.data.pictures import Splits
 from uhml.errors import UserError
 from uhml.hierarchy import Dendrogram
@@ -158,12 +160,8 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def fingerprint(splits: Splits) -> list[tuple[int, str]]:
     """Return number and digest of the names of each part's pictures, wherever they lie."""
-    parts = [
-        [os.path.abspath(path) for path in part.paths]
-        for part in (splits.train, splits.test, splits.gallery)
-        if part is not None
-    ]
-    root = os.path.commonpath([path for paths in parts for path in paths])
+    parts = [list(absolute(part.paths)) for part in (splits.train, splits.test, splits.gallery) if part is not None]
+    root = common_folder(itertools.chain(*parts))
     return [
         (len(paths), hashlib.sha256(os.fsencode("\n".join(path[len(root) :] for path in paths))).hexdigest())
         for paths in parts
