@@ -13,12 +13,13 @@ from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
 from torch import nn
 
-from uhml import distributed
+from uhml import distributed, poincare
 from uhml.config import DataConfig, ModelConfig
 from uhml.data.transforms import plain_transform
 from uhml.errors import UserError
 from uhml.model import Backbone, Embedder, FeatureMoments, HyperbolicHead, build_backbone, build_embedder
 from uhml.model import head as head_module
+from uhml.model.projector import Projector
 from uhml.poincare import distance_matrix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,6 +103,13 @@ def _moments(features):
     return moments.mean, moments.covariance, moments.num_pictures
 
 
+def _projected(features):
+    torch.manual_seed(0)
+    projector = Projector(features.shape[1], 0.1, 2.3)
+    projector.fit(features[distributed.share(len(features))], 2.0)
+    return projector(features).detach()
+
+
 def _moments_in_blocks(features):
     head_module.ROWS_AT_ONCE = 7
     return _moments(features)
@@ -171,6 +179,39 @@ def test_whitening_more_axes_than_pictures_is_finite_and_than_features_is_refuse
     assert torch.isfinite(head(correlated(20, 10, seed=1))).all()
     with pytest.raises(UserError, match=r"model\.embedding_dim=11 is more than the backbone's 10 features"):
         HyperbolicHead(10, 11, 0.1, 2.3).fit("whitened_pca", FeatureMoments.over_ranks(correlated(20, 10)), 1.0)
+
+
+def test_the_projector_is_a_normalised_hidden_layer_before_a_head_fitted_to_it():
+    features = 5 + correlated(60, 12)
+    projector = Projector(12, 0.1, 2.3)
+    projector.fit(features, 2.0)
+    linear, norm, _ = projector.hidden
+    centred = (features - features.mean(0)).double() @ linear.weight.detach().double().T + linear.bias.double()
+    standard = (centred - centred.mean(1, keepdim=True)) / (
+        centred.var(1, correction=0, keepdim=True) + norm.eps
+    ).sqrt()
+    hidden = standard.clamp_min(0).detach()
+    torch.testing.assert_close(projector.head.mean.double(), hidden.mean(0), rtol=0, atol=1e-5)
+    tangent = (projector.head.scale * projector.head.linear(hidden.float() - projector.head.mean)).detach()
+    assert float(tangent.square().sum(1).mean().sqrt()) == pytest.approx(2 * 2.3, rel=1e-3)
+    torch.testing.assert_close(
+        projector(features), poincare.exponential_map(projector.head.clip(tangent), 0.1), rtol=1e-4, atol=1e-4
+    )
+    # Row by row: what else is in a batch is no matter.
+    torch.testing.assert_close(torch.cat([projector(row[None]) for row in features]), projector(features))
+
+
+def test_the_projector_has_128_dimensions_or_as_many_as_the_features():
+    assert Projector(12, 0.1, 2.3)(torch.zeros(1, 12)).shape == (1, 12)
+    assert Projector(200, 0.1, 2.3)(torch.zeros(1, 200)).shape == (1, 128)
+
+
+@pytest.mark.ddp
+def test_ranks_fit_one_projector_to_the_features_of_all(monkeypatch):
+    features = correlated(50, 6)
+    for world_size in (2, 3):
+        for points in run_ranks(_projected, world_size, features):
+            torch.testing.assert_close(points, _projected(features), rtol=1e-4, atol=1e-5)
 
 
 def test_features_that_are_not_finite_are_refused():

@@ -130,9 +130,10 @@ class ModelConfig:
     ball's edge, where gradients vanish. It is approached smoothly, so that the longest still differ in length."""
 
     projector: bool = True
-    """Learn through a linear layer that is thrown away, the projector. What is clustered, scored and exported is the
-    head, fitted anew at every re-clustering to what the backbone has learned; a head that learned itself would keep
-    only what the training pictures need. false learns the head itself, as the article does."""
+    """Learn through a small network that is thrown away, the projector: a hidden layer, and a ball of 128 dimensions.
+    What is clustered, scored and exported is the head, fitted anew at every re-clustering to what the backbone has
+    learned; a head that learned itself would keep only what the training pictures need. false learns the head itself,
+    as the article does."""
 
     head_init: Literal["whitened_pca", "orthogonal", "random"] = "whitened_pca"
     """How the linear layer starts: from the principal axes of the frozen features, each divided by the square root

@@ -204,9 +204,10 @@ def start_head(model: Embedder, pictures: Pictures, config: Config) -> None:
         source = config.model.init_from
         distributed.on_every_rank(lambda: load_weights(model, source))
         return
-    fit_head(model, embed_share(model, pictures, config, "frozen features of train pictures", features=True), config)
+    features = embed_share(model, pictures, config, "frozen features of train pictures", features=True)
+    fit_head(model, features, config)
     if model.projector is not None:
-        model.projector.load_state_dict(model.head.state_dict())
+        model.projector.fit(features, config.model.start_norm)
 
 
 def fit_head(model: Embedder, own_features: Tensor, config: Config) -> None:

@@ -71,8 +71,8 @@ def test_a_real_run_has_as_many_hierarchies_scores_and_bytes_as_planned(words, t
     assert sum(line["kind"] == "unseen_ball" for line in lines) == costs.num_evaluations(config) == 4
     checkpoints = list((tmp_path / "run" / "checkpoints").glob("step-*.pt"))
     assert len(checkpoints) + 1 == costs.num_kept(config)
-    # Names, random states and the archive's padding are some 100 kB, whatever the network.
-    assert 0 < max(path.stat().st_size for path in checkpoints) - checkpoint < 250_000
+    # Names, random states and the archive's padding are some 250 kB, whatever the network.
+    assert 0 < max(path.stat().st_size for path in checkpoints) - checkpoint < 300_000
 
 
 def exchanged(config_path):

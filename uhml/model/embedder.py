@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from uhml.config import ModelConfig
 from uhml.model.backbone import Backbone, build_backbone
 from uhml.model.head import HyperbolicHead
+from uhml.model.projector import Projector
 
 
 class Embedder(nn.Module):
@@ -23,7 +24,7 @@ class Embedder(nn.Module):
         self,
         backbone: Backbone,
         head: HyperbolicHead,
-        projector: HyperbolicHead | None,
+        projector: Projector | None,
         precision: str,
         inference_precision: str,
     ) -> None:
@@ -44,12 +45,12 @@ class Embedder(nn.Module):
             return self.backbone(images).float()
 
     @property
-    def learned_head(self) -> HyperbolicHead:
+    def learned_head(self) -> HyperbolicHead | Projector:
         """The projector, or the head where there is none."""
         return self.head if self.projector is None else self.projector
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map ``[b, 3, h, w]`` to points of the ball ``[b, embedding_dim]``, float32."""
+        """Map ``[b, 3, h, w]`` to points of the ball, float32: ``[b, embedding_dim]``, or the projector's."""
         head = self.learned_head if self.training else self.head
         return head(self.features(images))
 
@@ -58,8 +59,7 @@ def build_embedder(config: ModelConfig, image_size: int) -> Embedder:
     """Make the network that the config describes; its heads still wait for :meth:`HyperbolicHead.fit`."""
     backbone = build_backbone(config, image_size)
 
-    def make_head() -> HyperbolicHead:
-        return HyperbolicHead(backbone.num_features, config.embedding_dim, config.curvature, config.clip_radius)
-
-    head, projector = make_head(), make_head() if config.projector else None
+    ball = (config.curvature, config.clip_radius)
+    head = HyperbolicHead(backbone.num_features, config.embedding_dim, *ball)
+    projector = Projector(backbone.num_features, *ball) if config.projector else None
     return Embedder(backbone, head, projector, config.precision, config.inference_precision)

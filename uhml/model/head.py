@@ -32,16 +32,25 @@ class FeatureMoments:
     num_pictures: int
 
     @classmethod
-    def over_ranks(cls, own_features: Tensor) -> "FeatureMoments":
+    def over_ranks(cls, own_features: Tensor, layer: Callable[[Tensor], Tensor] | None = None) -> "FeatureMoments":
         """Take the moments over every rank's ``[n, num_features]``. A collective: sums travel, not features.
+
+        Args:
+            own_features: this rank's.
+            layer: take those of what it makes of them, row by row.
 
         Raises:
             UserError: a feature is not finite.
         """
         count = distributed.all_reduce_sum(torch.tensor(float(len(own_features)), device=own_features.device))
-        mean = distributed.all_reduce_sum(_added_up(own_features, lambda rows: rows.sum(0))) / count
-        products = _added_up(own_features, lambda rows: (rows - mean).T @ (rows - mean))
-        covariance = distributed.all_reduce_sum(products) / count
+        through = layer or torch.nn.Identity()
+        mean = distributed.all_reduce_sum(_added_up(own_features, lambda rows: through(rows).double().sum(0))) / count
+
+        def products(rows: Tensor) -> Tensor:
+            centred = through(rows).double() - mean
+            return centred.T @ centred
+
+        covariance = distributed.all_reduce_sum(_added_up(own_features, products)) / count
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise UserError(
                 "The backbone's features hold NaN or infinity: look for the fault in its weights, "
@@ -51,11 +60,11 @@ class FeatureMoments:
 
 
 def _added_up(features: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the sum of what ``work`` makes of blocks of rows in float64."""
-    blocks = features.split(ROWS_AT_ONCE)
-    total = work(blocks[0].double())
-    for block in blocks[1:]:
-        total += work(block.double())
+    """Return the sum of what ``work`` makes of blocks of rows."""
+    first, *others = features.split(ROWS_AT_ONCE)
+    total = work(first)
+    for block in others:
+        total += work(block)
     return total
 
 

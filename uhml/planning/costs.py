@@ -13,6 +13,7 @@ from uhml.hierarchy.graph import graph_memory
 from uhml.hierarchy.linkage import GATHER_UP_TO
 from uhml.loss import PAIRS_AT_ONCE
 from uhml.metrics import BLOCK_BYTES
+from uhml.model import projected_dim
 from uhml.model.head import ROWS_AT_ONCE
 from uhml.reporting.figures import THUMBNAIL
 from uhml.reporting.projector import MOST
@@ -315,7 +316,8 @@ def wire_per_step(config: Config, ranks: Ranks, network: Network) -> tuple[int, 
     All goes round in rings: of R parts of a sum each is sent on 2 (R - 1) times, of R parts that are gathered R - 1
     times. The least is the gradients and, of each of B views, d coordinates and a number.
     """
-    world, views, d = ranks.world_size, config.train.global_batch_size, config.model.embedding_dim
+    world, views = ranks.world_size, config.train.global_batch_size
+    d = projected_dim(network.num_features) if config.model.projector else config.model.embedding_dim
     gathered = views * (d + 1) * FLOAT
     # Besides the gradients, those of the points; then two sums and a word whether all are well.
     summed = network.learned + views * d * FLOAT + 2 * FLOAT + INT
