@@ -49,7 +49,7 @@ def shards(root: Path | None) -> Splits:
             f"{len(paths):,}",
             unknown[0],
         )
-    return Splits(train=Pictures(paths=tuple(paths)))
+    return Splits(train=Pictures(paths=paths))
 
 
 def pictures_in_shards(root: Path, said: str) -> tuple[list[str], list[str]]:
