@@ -42,12 +42,13 @@ def _section(cls: type) -> Any:
 class DataConfig:
     """Which pictures, and how they are brought to the network."""
 
-    dataset: Literal["glyphs", "cub200", "cars196", "sop", "inshop", "folder", "list"] = "glyphs"
+    dataset: Literal["glyphs", "cub200", "cars196", "sop", "inshop", "folder", "list", "shards"] = "glyphs"
     """The data set. "glyphs" is made on first use and needs no download; "folder" takes any pictures; "list" takes a
-    text or CSV file of paths."""
+    text or CSV file of paths; "shards" takes tar files as WebDataset writes them, which are not unpacked."""
 
     root: str | None = None
-    """Where the data set lies: its folder, or the file for data.dataset=list. Only glyphs can do without."""
+    """Where the data set lies: its folder, for data.dataset=shards that of the *.tar files, or the file for
+    data.dataset=list. Only glyphs can do without."""
 
     num_classes: Count | None = None
     """Use only this many classes for training and as many for testing, evenly spread. Null uses all of them."""

@@ -39,3 +39,8 @@ def write_whole(path: Path, text: str) -> None:
     """Write a small file, as :func:`opened_aside` does."""
     with opened_aside(path) as file:
         file.write(text.encode())
+
+
+def user_cache(name: str) -> Path:
+    """Return where this user's copies of things lie that can be made again: ``~/.cache/uhml/name``, or as XDG says."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uhml" / name

@@ -80,7 +80,7 @@ def _opened(archive: Path) -> Iterator[Iterator[_Member]]:
     decompressed = next((opener for magic, opener in DECOMPRESSED.items() if start.startswith(magic)), None)
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(decompressed(archive) if decompressed else archive.open("rb"))
-        careful: Any = _Careful(stream)
+        careful: Any = Careful(stream)
         try:
             tar = stack.enter_context(tarfile.open(fileobj=careful, mode="r:"))
         except tarfile.ReadError as e:
@@ -115,7 +115,7 @@ def _tar_members(tar: tarfile.TarFile, stream: IO[bytes]) -> Iterator[_Member]:
     stream.read(MAX_READ)
 
 
-class _Careful:
+class Careful:
     """The stream of a tar archive, without being taken in by a header that announces gigabytes of header."""
 
     def __init__(self, stream: Any) -> None:
@@ -123,6 +123,11 @@ class _Careful:
         self.seek, self.tell = stream.seek, stream.tell
 
     def read(self, size: int) -> bytes:
+        """Return the next ``size`` bytes, or what is left.
+
+        Raises:
+            tarfile.ReadError: that are too many.
+        """
         if not 0 <= size <= MAX_READ:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
         return self._stream.read(size)

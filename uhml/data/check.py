@@ -15,7 +15,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from uhml.config import DataConfig
-from uhml.data.decode import FORMATS, find_unreadable
+from uhml.data.decode import find_unreadable, opened
+from uhml.data.formats import FORMATS
 from uhml.data.official import OFFICIAL, differences
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.reading import missing_noted
@@ -133,7 +134,7 @@ class _Looked(Dataset[_Facts]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> _Facts:
-        with open(self.paths[index], "rb") as file, warnings.catch_warnings():
+        with opened(self.paths[index]) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's doubts are no refusals
             digest = hashlib.file_digest(file, "sha256").digest()
             with Image.open(file, formats=sorted(set(FORMATS.values()))) as image:

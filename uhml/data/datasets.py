@@ -13,6 +13,7 @@ from uhml.data.glyphs import glyphs
 from uhml.data.inshop import inshop
 from uhml.data.listed import listed
 from uhml.data.pictures import Pictures, Splits
+from uhml.data.shards import shards
 from uhml.data.sop import sop
 from uhml.errors import UserError, did_you_mean
 
@@ -24,6 +25,7 @@ DATASETS: dict[str, Callable[[Path | None], Splits]] = {
     "inshop": inshop,
     "folder": folder,
     "list": listed,
+    "shards": shards,
 }
 """From the name of a data set to the function that reads it from ``data.root``."""
 

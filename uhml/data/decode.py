@@ -1,6 +1,7 @@
 """From a picture file to an RGB image, or a clear refusal."""
 
 import contextlib
+import io
 import math
 import os
 import warnings
@@ -12,28 +13,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from uhml import distributed
+from uhml.data.formats import FORMATS
+from uhml.data.members import member_stamp, read_member
 from uhml.data.workers import Loader, next_together
 from uhml.errors import UserError
 from uhml.progress import progress
-
-FORMATS = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".jfif": "JPEG",
-    ".png": "PNG",
-    ".webp": "WEBP",
-    ".gif": "GIF",
-    ".bmp": "BMP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".pbm": "PPM",
-    ".pgm": "PPM",
-    ".ppm": "PPM",
-}
-"""What is taken for a picture: the suffixes, in lower case, and Pillow's names of the formats.
-
-Other formats stay out because Pillow opens some of them (EPS) by running other programs.
-"""
 
 MAX_PIXELS = 2 * 89_478_485
 """Larger pictures are refused; in RGB such a one takes half a gigabyte. This is where Pillow sees an attack, too."""
@@ -74,6 +58,22 @@ def load_rgb(path: str | Path) -> Image.Image:
         raise UnreadablePicture(f"The picture {path} {refusal}.") from refusal
 
 
+def opened(path: str | Path) -> io.BufferedReader | io.BytesIO:
+    """Open a picture's file, or a member of a tar file by the path ``shard.tar/member.jpg``.
+
+    Raises:
+        OSError: there is no such file or member.
+        UserError: the tar file is not usable.
+    """
+    try:
+        return open(path, "rb")
+    except NotADirectoryError:
+        contents = read_member(str(path))
+        if contents is None:
+            raise
+        return io.BytesIO(contents)
+
+
 def stamp(path: str) -> tuple[int, int]:
     """Return size and time of a picture's file, by which it is recognised without being read; zeros if it is not there.
 
@@ -81,6 +81,8 @@ def stamp(path: str) -> tuple[int, int]:
     """
     try:
         about = os.stat(path)
+    except NotADirectoryError:
+        return member_stamp(path) or (0, 0)
     except OSError:
         return 0, 0
     return about.st_size, about.st_mtime_ns
@@ -132,24 +134,24 @@ def _decode(path: str | Path) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow's doubts (a broken EXIF block, a size half way to the limit) are no reason to refuse.
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
+            with opened(path) as file, Image.open(file, formats=sorted(set(FORMATS.values()))) as image:
                 image.draft(None, (DRAFT_SIDE, DRAFT_SIDE))
                 ImageOps.exif_transpose(image, in_place=True)
                 return _to_rgb(image)
-    except _Refused:
+    except (_Refused, UserError):
         raise
     except FileNotFoundError as error:
         raise _Refused("does not exist") from error
     except UnidentifiedImageError as error:
-        raise _Refused(_why_unidentified(Path(path))) from error
+        raise _Refused(_why_unidentified(str(path))) from error
     except Image.DecompressionBombError as error:
         raise _Refused(f"has more than {MAX_PIXELS:,} pixels") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files: OSError, SyntaxError, ...
         raise _Refused(f"cannot be decoded ({error})") from error
 
 
-def _why_unidentified(path: Path) -> str:
-    if path.stat().st_size == 0:
+def _why_unidentified(path: str) -> str:
+    if stamp(path)[0] == 0:
         return "is empty (0 bytes)"
     return f"is in none of the formats {', '.join(sorted(set(FORMATS.values())))}"
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from uhml.data.decode import FORMATS
+from uhml.data.formats import FORMATS
 from uhml.data.names import common_folder
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.splitting import first_half, split
@@ -69,7 +69,7 @@ def pictures_below(root: Path, said: str) -> list[str]:
         UserError: there is no picture.
     """
     paths, num_others = [], 0
-    for path in _files(root):
+    for path in files_below(root):
         if os.path.splitext(path)[1].lower() in FORMATS:
             paths.append(path)
         else:
@@ -77,12 +77,14 @@ def pictures_below(root: Path, said: str) -> list[str]:
     if num_others:
         logger.info("%s: passed over %s files that are no pictures", root, f"{num_others:,}")
     if not paths:
-        raise UserError(f"{said} holds no picture ({', '.join(FORMATS)}), nor do folders below it.")
+        tars = any(path.lower().endswith(".tar") for path in files_below(root))
+        hint = " Those in tar files are read with data.dataset=shards." if tars else ""
+        raise UserError(f"{said} holds no picture ({', '.join(FORMATS)}), nor do folders below it.{hint}")
     # By the names of folders, then of files: those of one folder together, and as people sort them.
     return sorted(paths, key=lambda path: path.replace(os.sep, "\0"))
 
 
-def _files(root: Path) -> Iterator[str]:
+def files_below(root: Path) -> Iterator[str]:
     """Yield the files below ``root`` that are not hidden. Links are followed, but not back up."""
     for where, folders, files in os.walk(root, followlinks=True):
         here = os.path.realpath(where) + os.sep

@@ -16,7 +16,6 @@ test (12,895).
 
 import csv
 import hashlib
-import os
 import string
 import tempfile
 import unicodedata
@@ -32,6 +31,7 @@ from uhml import distributed
 from uhml.data.listed import listed
 from uhml.data.pictures import Splits
 from uhml.errors import UserError
+from uhml.files import user_cache
 from uhml.progress import progress
 
 VERSION = "1"
@@ -85,7 +85,7 @@ def glyphs(root: Path | None) -> Splits:
         UserError: ``root`` cannot be written, or is not shared by the machines of the run.
     """
     if root is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uhml" / "glyphs"
+        root = user_cache("glyphs")
     home = root / f"v{VERSION}"
     index = home / "glyphs.csv"
     # Only rank 0's look at the disk decides whether there is something to draw: it alone does, and says so to all.

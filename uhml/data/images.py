@@ -3,18 +3,20 @@
 import os
 from pathlib import Path
 
-from uhml.data.decode import FORMATS
 from uhml.data.folder import pictures_below
+from uhml.data.formats import FORMATS
 from uhml.data.listed import read_list
 from uhml.data.pictures import Pictures
+from uhml.data.shards import holds_shards_only, pictures_in_shards
 from uhml.errors import UserError
 
 
 def list_images(source: Path) -> Pictures:
-    """List all pictures below a folder, in sorted order, or those of a list, in its order, by their absolute paths.
+    """List all pictures below a folder, in sorted order, or those of shards or a list, in theirs, by absolute paths.
 
     Args:
-        source: a folder, or a text or CSV file as for ``data.dataset=list``, of which only the paths are taken.
+        source: a folder of pictures, or of tar files as for ``data.dataset=shards``, or a text or CSV file as for
+            ``data.dataset=list``, of which only the paths are taken.
 
     Raises:
         UserError: it is neither, it has no picture, or one cannot be named in a text file.
@@ -24,7 +26,12 @@ def list_images(source: Path) -> Pictures:
         raise UserError(f"--images {source} is a picture: name a folder, or a text or CSV file that lists pictures.")
     if not source.exists():
         raise UserError(f"--images {source}: there is no such folder or list.")
-    paths = pictures_below(source, f"--images {source}") if source.is_dir() else read_list(source)["path"]
+    if source.is_dir() and holds_shards_only(source):
+        paths, _ = pictures_in_shards(source, f"--images {source}")
+    elif source.is_dir():
+        paths = pictures_below(source, f"--images {source}")
+    else:
+        paths = read_list(source)["path"]
     for path in paths:
         try:
             path.encode()

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 
+from uhml.data.members import member_stamp
 from uhml.errors import UserError
 
 
@@ -100,7 +101,7 @@ def check_exist(paths: Sequence[str], listed_in: Path) -> None:
     Raises:
         UserError: some are not, outside of :func:`missing_noted`.
     """
-    missing = [path for path in paths if not os.path.isfile(path)]
+    missing = [path for path in paths if not os.path.isfile(path) and member_stamp(path) is None]
     noted = _noted.get()
     if noted is not None:
         noted += missing

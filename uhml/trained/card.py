@@ -23,6 +23,7 @@ DATASETS = {
     "inshop": "In-shop Clothes Retrieval of DeepFashion (Liu et al., CVPR 2016)",
     "folder": "a folder of pictures",
     "list": "a list of pictures",
+    "shards": "tar files of pictures",
 }
 
 NETWORKS = {

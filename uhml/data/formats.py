@@ -1,0 +1,20 @@
+"""Which files are taken for pictures."""
+
+FORMATS = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".jfif": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".gif": "GIF",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".pbm": "PPM",
+    ".pgm": "PPM",
+    ".ppm": "PPM",
+}
+"""What is taken for a picture: the suffixes, in lower case, and Pillow's names of the formats.
+
+Other formats stay out because Pillow opens some of them (EPS) by running other programs.
+"""
