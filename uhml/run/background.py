@@ -1,10 +1,12 @@
 """Work in a process of its own, while this one goes on.
 
-Not in a thread, which would share the interpreter's lock and torch's settings with the training steps and could not be
+Not in a thread, which would share the interpreter's lock and torch's settings with the training steps, and could not be
 stopped at a signal. Not in a fork, which would take over threads, locks and a GPU half-way. Work and answer travel in
-files without a name, which nobody else can open and which are gone with the processes.
+files without a name, which nobody else can open and which are gone with the processes; a byte on a pipe tells that one
+is there.
 """
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -12,14 +14,12 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from uhml.errors import UserError
 from uhml.run import interruption
-
-logger = logging.getLogger(__name__)
 
 
 class _Question(NamedTuple):
@@ -39,11 +39,11 @@ class _Answer(NamedTuple):
 
 
 class Background:
-    """Does one piece of work at a time. A context manager: at its end, work that is not done is dropped."""
+    """Does one piece of work at a time, all in one process. A context manager: at its end, work not done is dropped."""
 
     def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
-        self._answer: IO[bytes] | None = None
 
     def __enter__(self) -> "Background":
         return self
@@ -51,33 +51,31 @@ class Background:
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+        self._stack.close()
 
     def start(self, work: Callable[[], Any]) -> None:
         """Begin ``work``, a picklable function of a module's, and return at once.
 
         Raises:
-            UserError: there is no room for what the work is about.
+            UserError: there is no room for what the work is about, or the process was killed.
         """
-        self._answer = tempfile.TemporaryFile()  # noqa: SIM115 (closed when it is read)
-        with tempfile.TemporaryFile() as question:
-            try:
-                torch.save(_Question(work, torch.get_num_threads(), logging.getLogger().getEffectiveLevel()), question)
-            except (OSError, RuntimeError) as e:
-                raise UserError(
-                    f"The folder for temporary files, {tempfile.gettempdir()}, cannot be written ({e}): make room, "
-                    "name another by TMPDIR, or take hierarchy.overlap_steps=0, which needs none."
-                ) from e
-            question.seek(0)
-            modules = os.pathsep.join(filter(None, sys.path))
-            # Signals of the terminal are for the run.
-            with interruption.workers_starting():
-                self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", __name__],
-                    stdin=question,
-                    stdout=self._answer,
-                    env={**os.environ, "PYTHONPATH": modules},
-                )
+        question = _Question(work, torch.get_num_threads(), logging.getLogger().getEffectiveLevel())
+        try:
+            if self._process is None:
+                self._question = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+                self._answer = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+                self._process = self._stack.enter_context(_launch(self._question.fileno(), self._answer.fileno()))
+            _put(self._question.fileno(), question)
+        except (OSError, RuntimeError) as e:
+            raise UserError(
+                f"The folder for temporary files, {tempfile.gettempdir()}, cannot be written ({e}): make room, name "
+                "another by TMPDIR, or take hierarchy.overlap_steps=0, which needs none."
+            ) from e
+        assert self._process.stdin is not None
+        try:
+            os.write(self._process.stdin.fileno(), b"?")
+        except BrokenPipeError:
+            raise self._killed() from None
 
     def result(self) -> Any:
         """Wait for the work, repeat what it logged, and return what it returned.
@@ -87,18 +85,10 @@ class Background:
             RuntimeError: the work raised anything else.
         """
         assert self._process is not None, "start() comes first"
-        assert self._answer is not None
-        status = self._process.wait()
-        self._process = None
-        if status:
-            raise UserError(
-                f"The process that clusters in the background ended with status {status}, killed perhaps for want of "
-                "memory, or with no room for temporary files (TMPDIR): take hierarchy.overlap_steps=0, which needs no second process, and start the same command "
-                "again with --allow-change hierarchy.overlap_steps to go on from the last checkpoint."
-            )
-        with self._answer as file:
-            file.seek(0)
-            answer: _Answer = torch.load(file, weights_only=False)
+        assert self._process.stdout is not None
+        if not os.read(self._process.stdout.fileno(), 1):
+            raise self._killed()
+        answer: _Answer = _take(self._answer.fileno())
         for name, level, text in answer.said:
             logging.getLogger(name).log(level, "%s", text)
         if answer.users_error is not None:
@@ -108,6 +98,43 @@ class Background:
             error.add_note(f"In the process that clusters in the background:\n{answer.error}")
             raise error
         return answer.result
+
+    def _killed(self) -> UserError:
+        assert self._process is not None
+        return UserError(
+            f"The process that clusters in the background ended with status {self._process.wait()}, killed perhaps for "
+            "want of memory, or without room for temporary files (TMPDIR). Start the same command again to go on from "
+            "the last checkpoint, with hierarchy.overlap_steps=0 and --allow-change hierarchy.overlap_steps to need no "
+            "such process."
+        )
+
+
+def _launch(*files: int) -> "subprocess.Popen[bytes]":
+    # Signals of the terminal are for the run.
+    with interruption.workers_starting():
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", __name__, *map(str, files)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=files,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+
+
+def _put(descriptor: int, what: object) -> None:
+    # Opened anew each time: a buffer that is kept would not notice what the other process has written.
+    with os.fdopen(os.dup(descriptor), "r+b") as file:
+        file.seek(0)
+        file.truncate()
+        torch.save(what, file)
+
+
+def _take(descriptor: int) -> Any:
+    with os.fdopen(os.dup(descriptor), "r+b") as file:
+        file.seek(0)
+        found = torch.load(file, weights_only=False)
+        file.truncate(0)
+    return found
 
 
 class _Remembered(logging.Handler):
@@ -133,19 +160,21 @@ def _do(question: _Question) -> _Answer:
         users_error = str(e)
     except Exception:
         error = traceback.format_exc()
+    logging.getLogger().removeHandler(remembered)
     return _Answer(result, users_error, error, remembered.said)
 
 
-def _main() -> None:
+def _main(question: int, answer: int) -> None:
     interruption.leave_to_parent()
-    # What prints shall not print into the answer.
-    with os.fdopen(os.dup(1), "wb") as to, os.fdopen(0, "rb") as question:
-        os.dup2(2, 1)
-        torch.save(_do(torch.load(question, weights_only=False)), to)
+    asked, told = os.dup(0), os.dup(1)
+    os.dup2(2, 1)  # what prints shall not tell of an answer
+    while os.read(asked, 1):
+        _put(answer, _do(_take(question)))
+        os.write(told, b"!")
 
 
 if __name__ == "__main__":
-    # Not this module, whose classes have the wrong names when it is run, but the one that the parent knows.
+    # Not this module, whose classes have other names when it is run, but the one that the parent knows.
     from uhml.run import background
 
-    background._main()
+    background._main(*map(int, sys.argv[1:]))
