@@ -18,7 +18,7 @@ from uhml.config import Config, HierarchyConfig, TrainConfig, load_config
 from uhml.data.verify import list_pictures
 from uhml.errors import UserError
 from uhml.hierarchy import average_linkage
-from uhml.loss import HierarchicalLogRatioLoss
+from uhml.loss import HierarchicalLoss
 from uhml.run.bank import FeatureBank, features_seen
 from uhml.run.checkpoint import read_file
 from uhml.run.reclustering import linkage_options, next_levels_at, reclusters_at
@@ -164,7 +164,7 @@ def run_by_hand(config, overlap, use_bank):
     state = TrainingState(build_model(config, True).eval(), splits, config)
     model, num_pictures = state.model, len(splits.train)
     start_head(model, splits.train, config)
-    loss_function = HierarchicalLogRatioLoss(config.loss.omega, len(config.hierarchy.cuts) + 1)
+    loss_function = HierarchicalLoss(config.loss, len(config.hierarchy.cuts), config.mining.num_views)
     bank, coming, found = {}, {}, []
     for step in range(NUM_STEPS):
         if step % EVERY == 0:
