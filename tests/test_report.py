@@ -17,6 +17,7 @@ from uhml.hierarchy.plot import SHOWN_CLUSTERS, draw_top
 from uhml.loss import Pairs
 from uhml.reporting import figures, projector
 from uhml.reporting.figures import draw_batch, draw_clusters, evenly
+from uhml.reporting.hierarchy import show_hierarchy
 from uhml.reporting.report import Reporter
 
 LEVELS = np.array([[0, 0, 1, 1, 2, 2, 3, 3, 4], [0, 0, 0, 0, 1, 1, 1, 1, 2]], np.int32)
@@ -138,7 +139,7 @@ def test_a_hierarchy_is_shown_by_its_tree_its_clusters_and_a_batch(make_pictures
     pictures = make_pictures([f"{i}.png" for i in range(9)])
     tree = average_linkage(torch.rand(9, 2), geometry="euclidean", mode="exact")
     with Reporter(tmp_path, Config()) as report:
-        report.hierarchy(6, tree, LEVELS, pictures, np.array([[0, 1], [4, 5]]))
+        report.hierarchy(6, show_hierarchy(6, tree, LEVELS, pictures, np.array([[0, 1], [4, 5]])))
     events = told(tmp_path)
     assert set(events.Tags()["images"]) == {"clusters/level1", "clusters/level2", "hierarchy/tree", "hierarchy/batch"}
     for tag in events.Tags()["images"]:

@@ -159,6 +159,15 @@ class HierarchyConfig:
     recluster_every: Count = 200
     """Steps between two re-clusterings of all training pictures."""
 
+    overlap_steps: Whole = 0
+    """Steps that training goes on with the present levels while rank 0 clusters in a process of its own; 0 waits. The
+    first clustering and the last wait all the same."""
+
+    features: Literal["fresh", "bank"] = "fresh"
+    """What a re-clustering clusters: "fresh" features, of a pass through all training pictures; or a "bank" of those
+    that the training batches had, each picture's as it was last in a batch. That costs no pass, but features are older
+    and of augmented pictures. The first clustering and the last have fresh ones all the same."""
+
     mode: Literal["graph", "exact", "dense"] = "graph"
     """Average linkage over the k-NN graph, over all pairs by cluster sums, or by the plain mean distance of the
     article (up to 30,000 pictures). See uhml.hierarchy."""
@@ -504,6 +513,11 @@ def _contradictions(config: Config, num_ranks: int) -> Iterator[str]:
         )
     if data.augment_scale[0] > data.augment_scale[1] or data.augment_ratio[0] > data.augment_ratio[1]:
         yield "data.augment_scale and data.augment_ratio go from the least to the greatest."
+    if hierarchy.overlap_steps >= hierarchy.recluster_every:
+        yield (
+            f"hierarchy.overlap_steps={hierarchy.overlap_steps} must be less than hierarchy.recluster_every="
+            f"{hierarchy.recluster_every}, so that a clustering ends before the next begins."
+        )
     yield from _cut_problems(hierarchy)
     # Where the exponential map reaches 0.996 of the ball's radius, to which geoopt pulls float32 points back.
     longest = math.atanh(0.996) / math.sqrt(config.model.curvature) if config.model.curvature else math.inf

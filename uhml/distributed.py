@@ -157,13 +157,37 @@ def all_gather_shares(own: Tensor, num_rows: int) -> Tensor:
         raise ValueError(f"rank {rank()} brings {len(own)} rows; its share of {num_rows} is {len(share(num_rows))}")
     if world_size() == 1:
         return own
-    # Shares differ by one row at most: pad to the longest, gather, and let the reassembly drop the padding.
-    longest = -(-num_rows // world_size())
-    padded = own.new_zeros((longest, *own.shape[1:]))
-    padded[: len(own)] = own
+    # The reassembly drops the padding.
+    padded = _padded(own, num_rows)
     parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
     return torch.stack(parts, dim=1).flatten(0, 1)[:num_rows]
+
+
+def gather_shares_on_main(own: Tensor, num_rows: int) -> Tensor | None:
+    """Put together the rows that the ranks own, in rank 0's host memory alone. No gradient.
+
+    Args:
+        own: ``[len(share(num_rows)), ...]``, this rank's rows, on any device.
+        num_rows: the number of rows over all ranks.
+
+    Returns:
+        ``[num_rows, ...]`` on the CPU of rank 0, None elsewhere.
+    """
+    own = own.detach().cpu()
+    if world_size() == 1:
+        return own
+    padded = _padded(own, num_rows)
+    parts = [torch.empty_like(padded) for _ in range(world_size())] if is_main() else None
+    dist.gather(padded, parts, dst=0)
+    return None if parts is None else torch.stack(parts, dim=1).flatten(0, 1)[:num_rows]
+
+
+def _padded(own: Tensor, num_rows: int) -> Tensor:
+    """Make all shares as long as the longest: they differ by one row at most. Not a collective."""
+    padded = own.new_zeros((-(-num_rows // world_size()), *own.shape[1:]))
+    padded[: len(own)] = own
+    return padded
 
 
 def shares_in_turn(own: Tensor, num_rows: int) -> Iterator[tuple[Tensor, range]]:

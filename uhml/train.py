@@ -3,9 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,9 @@ from uhml.data.workers import Loader, next_together
 from uhml.embedding import embed_share
 from uhml.errors import UserError, known_everywhere
 from uhml.evaluate import score_unseen
-from uhml.hierarchy import average_linkage_over_ranks
+from uhml.hierarchy import average_linkage_over_ranks, merging_over_ranks
 from uhml.loss import Batch, HierarchicalLoss, global_loss
 from uhml.metrics import Scores
-from uhml.mining import ClusterBatches
 from uhml.model import Embedder, FeatureMoments, build_embedder
 from uhml.progress import progress
 from uhml.reporting.guards import watch
@@ -33,12 +31,22 @@ from uhml.reporting.profile import profiled
 from uhml.reporting.projector import project
 from uhml.reporting.report import Reporter
 from uhml.run import interruption
+from uhml.run.background import Background
+from uhml.run.bank import FeatureBank, features_seen
 from uhml.run.checkpoint import keep_best, load_weights
 from uhml.run.interruption import Preempted
 from uhml.run.not_finite import refuse_step
 from uhml.run.random_state import random_state, restore_random_state, seed_generators
+from uhml.run.reclustering import (
+    Hierarchy,
+    clusters_to_learn,
+    grow_hierarchy,
+    linkage_options,
+    next_levels_at,
+    reclusters_at,
+)
 from uhml.run.run_dir import HIERARCHIES, OpenRun, open_run_dir
-from uhml.run.training_state import TrainingState, read_state
+from uhml.run.training_state import Pending, TrainingState, read_state
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +104,7 @@ def learn(state: TrainingState, splits: Splits, config: Config, run: OpenRun, re
 
     All that takes long comes after a checkpoint of its step, so that an interruption there costs no step.
     """
-    num_steps, every = config.train.num_steps, config.hierarchy.recluster_every
+    num_steps = config.train.num_steps
     save(state, run, report)
     if state.before is None and splits.test is not None:
         state.before = score_now(state, splits, config, run, report)
@@ -106,34 +114,44 @@ def learn(state: TrainingState, splits: Splits, config: Config, run: OpenRun, re
     loss_function = HierarchicalLoss(config.loss, len(config.hierarchy.cuts), config.mining.num_views)
     remaining = range(state.step, num_steps)
     steps = progress(remaining, "train", done=state.step, unit="step", note=state.stepper.note)
-    with profiled(run.folder, config.train.profile_steps) as step_ends:
-        while state.step < num_steps:
-            if state.step % every == 0 or state.levels is None:
+    with (
+        profiled(run.folder, config.train.profile_steps) as step_ends,
+        Background() as background,
+        contextlib.closing(batches_left(state, splits.train, config)) as batches,
+    ):
+        if state.pending is not None:
+            cluster_in_background(state, splits.train, config, background)
+        for _ in steps:
+            if state.pending is not None and state.step == state.pending.step + config.hierarchy.overlap_steps:
+                swap_hierarchy(state, run, report, background)
+            if state.levels is None or reclusters_at(state.step, config):
                 save(state, run, report)
-                discover_hierarchy(state, splits.train, config, run, report)
+                if state.levels is None or config.hierarchy.overlap_steps == 0:
+                    discover_hierarchy(state, splits.train, config, run, report)
+                else:
+                    embed_to_cluster(state, splits.train, config, run, report)
+                    cluster_in_background(state, splits.train, config, background)
                 if config.eval.at_reclustering and state.step > 0:
                     score_now(state, splits, config, run, report)
-            assert state.levels is not None
             run.status.phase("train")
-            until = min((state.step // every + 1) * every, num_steps)
-            with contextlib.closing(iter(cluster_batches(state, splits.train, config, until))) as batches:
-                for _ in itertools.islice(steps, until - state.step):
-                    # Here all ranks agree to go on; an error or a signal on any of them ends all.
-                    images, pictures = next_together(batches)
-                    figures, batch = train_step(parallel, images, pictures, state, loss_function, config, run.folder)
-                    if state.step in (1, num_steps) or state.step % config.train.log_every == 0:
-                        # Here alone, and where a hierarchy or a checkpoint is made, a step waits for the GPU.
-                        state.stepper.settle()
-                        report.scalars("train", state.step, {key: float(value) for key, value in figures.items()})
-                    if state.step % every == 1 % every:
-                        pairs = batch.pairs(next(batch.blocks()), state.levels, config.model.curvature)
-                        report.distances(state.step, pairs, len(config.hierarchy.cuts))
-                    if state.step % config.train.checkpoint_every == 0:
-                        save(state, run, report)
-                    run.status.step(state.step)
-                    step_ends()
+            # Here all ranks agree to go on; an error or a signal on any of them ends all.
+            images, pictures = next(batches)
+            figures, batch = train_step(parallel, images, pictures, state, loss_function, config, run.folder)
+            if state.step in (1, num_steps) or state.step % config.train.log_every == 0:
+                # Here alone, and where a hierarchy or a checkpoint is made, a step waits for the GPU.
+                state.stepper.settle()
+                report.scalars("train", state.step, {key: float(value) for key, value in figures.items()})
+            if state.step == 1 or next_levels_at(state.step - 2, config) == state.step - 1:
+                assert state.levels is not None
+                pairs = batch.pairs(next(batch.blocks()), state.levels, config.model.curvature)
+                report.distances(state.step, pairs, len(config.hierarchy.cuts))
+            if state.step % config.train.checkpoint_every == 0:
+                save(state, run, report)
+            run.status.step(state.step)
+            step_ends()
 
     save(state, run, report)
+    state.bank = state.pending = None
     discover_hierarchy(state, splits.train, config, run, report)
     after = score_now(state, splits, config, run, report)
     project(state.model, splits, state.step, config, report)
@@ -219,38 +237,85 @@ def discover_hierarchy(
     state: TrainingState, pictures: Pictures, config: Config, run: OpenRun, report: Reporter
 ) -> None:
     """Embed all training pictures, cluster them by average linkage, cut the tree into levels: those of ``state``."""
-    options = config.hierarchy
+    embedded = embed_to_cluster(state, pictures, config, run, report)
+    run.status.phase("cluster")
+    tree = average_linkage_over_ranks(embedded.own, len(pictures), **linkage_options(config))
+
+    def grow() -> Hierarchy:
+        assert tree is not None, "rank 0 has the tree"
+        return grow_hierarchy(lambda: tree, state.step, state.step, pictures, config)
+
+    take_hierarchy(state, distributed.on_main(grow), run, report)
+
+
+def embed_to_cluster(
+    state: TrainingState, pictures: Pictures, config: Config, run: OpenRun, report: Reporter
+) -> Pending:
+    """Embed this rank's share of the training pictures anew, or take what their last batches made of them."""
     run.status.phase("embed")
-    features = embed_share(state.model, pictures, config, "embed train pictures", features=True)
+    if state.bank is None:
+        features = embed_share(state.model, pictures, config, "embed train pictures", features=True)
+        state.bank = FeatureBank(features) if config.hierarchy.features == "bank" else None
+    else:
+        features = state.bank.own.float()
     if state.model.projector is not None:
         fit_head(state.model, features, config)
         # The checkpoint of this step, from before, lacks the head that goes with its backbone.
         state.save(run.folder, report.settle)
     with torch.inference_mode():
-        own = state.model.head(features)
+        state.pending = Pending(state.step, state.model.head(features))
+    return state.pending
+
+
+def cluster_in_background(state: TrainingState, pictures: Pictures, config: Config, background: Background) -> None:
+    """Find the neighbours of the pending pictures together, and leave the rest to a process beside rank 0."""
+    assert state.pending is not None
+    step, own = state.pending
+    merging = merging_over_ranks(own, len(pictures), **linkage_options(config))
+
+    def start() -> None:
+        assert merging is not None
+        first_step = step + config.hierarchy.overlap_steps
+        background.start(functools.partial(grow_hierarchy, merging, step, first_step, pictures, config))
+
+    distributed.on_main(start)
+
+
+def swap_hierarchy(state: TrainingState, run: OpenRun, report: Reporter, background: Background) -> None:
+    """Wait for the pending clustering, however far it is: other levels at another step would make another run."""
     run.status.phase("cluster")
-    tree = average_linkage_over_ranks(
-        own,
-        len(pictures),
-        mode=options.mode,
-        geometry=options.geometry,
-        curvature=config.model.curvature,
-        num_neighbors=options.num_neighbors,
-        exact_search_up_to=options.exact_search_up_to,
-        min_recall=options.min_recall,
-    )
+    take_hierarchy(state, distributed.on_main(background.result), run, report)
 
-    def cut() -> Tensor:
-        assert tree is not None, "rank 0 has the tree"
-        tree.save(run.folder / HIERARCHIES / f"step-{state.step:08d}.npz")
-        levels = tree.cut(**{options.cut_by: options.cuts})  # type: ignore[arg-type]
-        batch = clusters_to_learn(levels, config)(state.step).reshape(-1, config.mining.pictures_per_cluster)
-        report.hierarchy(state.step, tree, levels.numpy(), pictures, batch)
-        return levels
 
-    levels = distributed.broadcast_from_main(distributed.on_main(cut), state.model.device)
-    state.levels, state.tree = levels, tree
-    report.guards(state.step, watch(own, levels, config.model))
+def take_hierarchy(state: TrainingState, found: Hierarchy | None, run: OpenRun, report: Reporter) -> None:
+    """Let the coming steps learn from what rank 0 found of the pending pictures, and record it as of their step."""
+    assert state.pending is not None
+    (step, own), state.pending = state.pending, None
+
+    def record() -> None:
+        assert found is not None
+        found.tree.save(run.folder / HIERARCHIES / f"step-{step:08d}.npz")
+        report.hierarchy(step, found.shown)
+
+    # Not to be interrupted: what is recorded belongs to a state with these levels.
+    distributed.on_main(record, interruptible=False)
+    state.levels = distributed.broadcast_from_main(None if found is None else found.levels, state.model.device)
+    state.tree = None if found is None else found.tree
+    report.guards(step, watch(own, state.levels, state.config.model))
+
+
+def batches_left(
+    state: TrainingState, pictures: Pictures, config: Config
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Yield this rank's part of the batch of each step that is left, of the levels that the state has by then."""
+    while state.step < config.train.num_steps:
+        until = next_levels_at(state.step, config)
+        with contextlib.closing(iter(cluster_batches(state, pictures, config, until))) as batches:
+            for _ in range(state.step, until - 1):
+                yield next_together(batches)
+            last = next_together(batches)
+        # By now its workers have ended, before those of an embedding start.
+        yield last
 
 
 def cluster_batches(state: TrainingState, pictures: Pictures, config: Config, until: int) -> Loader:
@@ -267,12 +332,6 @@ def cluster_batches(state: TrainingState, pictures: Pictures, config: Config, un
         num_workers=config.data.num_workers,
         pin_memory=state.model.device.type == "cuda",
     )
-
-
-def clusters_to_learn(levels: Tensor, config: Config) -> ClusterBatches:
-    """Return the batch of each step, as indices of pictures."""
-    per_cluster, seed = config.mining.pictures_per_cluster, config.train.seed
-    return ClusterBatches(levels.cpu().numpy(), config.clusters_per_batch, per_cluster, seed)
 
 
 def train_step(
@@ -308,8 +367,11 @@ def train_step(
     images, pictures = images.to(device, non_blocking=True), pictures.to(device, non_blocking=True)
     model.train()
     micro_batches = images.split(config.train.micro_batch_size or len(images))
-    points = embed_batch(model, micro_batches)
+    with features_seen(state.model.backbone) as features:
+        points = embed_batch(model, micro_batches)
     batch = Batch.over_ranks(points, pictures)
+    if state.bank is not None:
+        state.bank.update(torch.cat(features), batch.pictures, config.mining.num_views)
     loss, own_loss, gradient = global_loss(loss_function, batch, state.levels, config.model.curvature)
     state.optimizer.zero_grad()
     # Data parallelism averages gradients over ranks, and the loss is a sum over them: hence the world size.

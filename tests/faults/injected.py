@@ -3,9 +3,11 @@
 import dataclasses
 import os
 import pathlib
+import pickle
 import resource
 import signal
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -246,6 +248,49 @@ class KillInSave:
         before(os, "fsync")
         before(os, "unlink")
         torch.save = half_then_whole
+
+
+class _InPlace:
+    """A background that does its work in this process, when its result is asked for."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def start(self, work):
+        self.work = pickle.dumps(work)
+
+    def result(self):
+        return pickle.loads(self.work)()
+
+
+@dataclasses.dataclass
+class ClusteringInPlace:
+    """No process in the background, which takes seconds to start; and another fault."""
+
+    other: Callable[[], None] = lambda: None
+
+    def __call__(self):
+        uhml.train.Background = _InPlace
+        self.other()
+
+
+@dataclasses.dataclass
+class KilledBackground:
+    """The process in the background is killed as soon as it has something to do."""
+
+    def __call__(self):
+        from uhml.run.background import Background
+
+        true = Background.start
+
+        def start(background, work):
+            true(background, work)
+            background._process.kill()
+
+        Background.start = start
 
 
 STAGES = 6

@@ -1,5 +1,6 @@
 """The engine over several ranks."""
 
+import pickle
 import time
 
 import numpy as np
@@ -10,7 +11,7 @@ from reference import mixture
 
 from uhml import distributed
 from uhml.errors import UserError
-from uhml.hierarchy import average_linkage, average_linkage_over_ranks, linkage
+from uhml.hierarchy import average_linkage, average_linkage_over_ranks, linkage, merging_over_ranks
 
 pytestmark = pytest.mark.ddp
 
@@ -34,13 +35,15 @@ def points(n):
 def trees_over_ranks(n):
     own = points(n)[distributed.rank() :: distributed.world_size()]
     trees = [average_linkage_over_ranks(own, n, **case) for case in CASES]
+    merging = [merging_over_ranks(own, n, **case) for case in CASES]
+    trees += [work and pickle.loads(pickle.dumps(work))() for work in merging]
     return [tree.to_scipy() if tree is not None else None for tree in trees]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_the_tree_of_one_process(world_size):
     by_rank = run_ranks(trees_over_ranks, world_size, 601)
-    for case, tree in zip(CASES, by_rank[0], strict=True):
+    for case, tree in zip(CASES + CASES, by_rank[0], strict=True):
         one = {key: value for key, value in case.items() if key != "gather_up_to"}
         assert np.array_equal(tree, average_linkage(points(601), **one).to_scipy()), case
     assert all(tree is None for trees in by_rank[1:] for tree in trees)

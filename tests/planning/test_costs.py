@@ -16,7 +16,9 @@ from uhml.loss import HierarchicalLogRatioLoss
 from uhml.model import Backbone, Embedder, HyperbolicHead, build_embedder
 from uhml.planning import costs
 from uhml.planning.calibration import measure_network, nested_levels
-from uhml.planning.costs import Growth, Network, Ranks, Sizes
+from uhml.planning.costs import Growth, Network, Ranks, Sizes, Speed
+from uhml.run.bank import FeatureBank
+from uhml.run.reclustering import reclusters_at
 from uhml.run.training_state import TrainingState
 from uhml.train import train, train_step
 
@@ -75,12 +77,56 @@ def test_a_real_run_has_as_many_hierarchies_scores_and_bytes_as_planned(words, t
     assert 0 < max(path.stat().st_size for path in checkpoints) - checkpoint < 300_000
 
 
-def exchanged(config_path):
+@pytest.mark.parametrize(("num_steps", "overlap", "expected"), [(0, 1, 1), (1, 1, 2), (4, 1, 3), (5, 1, 3), (6, 1, 4)])
+def test_hierarchies_that_no_step_would_learn_from_are_left_out(words, num_steps, overlap, expected):
+    config = load_config(words[0], [f"train.num_steps={num_steps}", f"hierarchy.overlap_steps={overlap}"])
+    assert costs.num_hierarchies(config) == expected
+    steps = [step for step in range(0, num_steps, 2) if step == 0 or reclusters_at(step, config)]
+    assert len(steps) + 1 == expected
+
+
+def test_bank_and_pending_clustering_are_counted_in_checkpoint_and_memory_and_save_time(words):
+    config = load_config(words[0], ["train.num_steps=20"])
+    both = changed(config, "hierarchy", overlap_steps=1, features="bank")
+    sizes = Sizes(train=24, test=24)
+    state = TrainingState(
+        build_embedder(changed(config, "model", weights="random").model, 32),
+        Splits(train=Pictures(paths=("a", "b"))),
+        config,
+    )
+    width = state.model.backbone.num_features
+    network = dataclasses.replace(NETWORK, num_features=width)
+    bank, points = FeatureBank(torch.randn(24, width)), torch.randn(24, 16)
+    kept = bank.own.nbytes + points.nbytes
+    assert costs.disk(both, sizes, network)[0] - costs.disk(config, sizes, network)[0] == kept
+    memory = [costs.memory(c, sizes, ONE, network, rank=0, on_gpu=True).network for c in (config, both)]
+    assert memory[1] - memory[0] == kept + 2 * width
+    assert costs.background(config, 24) == 0
+    assert costs.background(both, 24) == points.nbytes + graph_memory(24, 5)
+    none, some = Growth(0.0, 0.0), Growth(0.01, 0.0)
+    speed = Speed(
+        view=0.01, picture=0.1, checked=0, start=0, exchange=0, search=none, linkage=some, retrieval=none, kmeans=none,
+        disk=1e12, record=1, shown=0,
+    )  # fmt: skip
+    waiting, overlapped = (costs.seconds(c, sizes, ONE, network, speed) for c in (config, both))
+    # Ten clusterings and one more; of both, the frozen features are embedded before.
+    assert waiting.embedding == pytest.approx(12 * 2.4)
+    assert overlapped.embedding == pytest.approx(3 * 2.4)
+    linked = 0.01 * round((24 * 5) ** costs.LINKAGE_GROWTH)
+    assert waiting.linkage == pytest.approx(11 * linked)
+    # A step takes 0.16 s.
+    assert overlapped.linkage == pytest.approx(2 * linked + 9 * (linked - 0.16))
+    assert waiting.recording - overlapped.recording == pytest.approx(9, rel=1e-6)
+
+
+def exchanged(config_path, features):
     """Bytes that one step of this rank adds up and gathers over ranks, data parallelism's apart."""
     config = changed(load_config(config_path), "model", weights="random")
     model = build_embedder(config.model, config.data.image_size)
     state = TrainingState(model, Splits(train=Pictures(paths=("a", "b"))), config)
     state.levels = nested_levels(64, 2)
+    if features == "bank":
+        state.bank = FeatureBank(torch.randn(32, model.backbone.num_features))
     counted = {"all_gather": 0, "all_reduce": 0}
 
     def counting(name, function, bytes_of):
@@ -100,15 +146,16 @@ def exchanged(config_path):
 
 
 @pytest.mark.ddp
-def test_wire_is_what_a_step_exchanges_and_near_the_least(words):
-    ranks = Ranks(nodes=1, per_node=2)
-    for counted, network in run_ranks(exchanged, 2, words[0]):
-        wire, least = costs.wire_per_step(load_config(words[0]), ranks, network)
-        assert counted["all_gather"] == 16 * (16 + 1) * 4
+@pytest.mark.parametrize("features", ["fresh", "bank"])
+def test_wire_is_what_a_step_exchanges_and_near_the_least(words, features):
+    config, ranks = load_config(words[0], [f"hierarchy.features={features}"]), Ranks(nodes=1, per_node=2)
+    for counted, network in run_ranks(exchanged, 2, words[0], features):
+        wire, least = costs.wire_per_step(config, ranks, network)
+        assert counted["all_gather"] == 16 * ((16 + 1) * 4 + (features == "bank") * network.num_features * 2)
         # In a ring of two, half of what is gathered is a rank's own, and of what is added up each half travels twice.
         assert wire == network.learned + counted["all_reduce"] + counted["all_gather"] / 2
         assert least == network.learned + 16 * (16 + 1) * 4 / 2
-        assert wire < 1.001 * least
+        assert wire < (1.001 if features == "fresh" else 1.01) * least
 
 
 def test_growth_goes_through_its_measurements():

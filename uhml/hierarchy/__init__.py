@@ -40,6 +40,6 @@ ranks; where distances tie, an arbitrary but fixed order decides.
 """
 
 from uhml.hierarchy.dendrogram import Dendrogram
-from uhml.hierarchy.linkage import average_linkage, average_linkage_over_ranks
+from uhml.hierarchy.linkage import average_linkage, average_linkage_over_ranks, merging_over_ranks
 
-__all__ = ["Dendrogram", "average_linkage", "average_linkage_over_ranks"]
+__all__ = ["Dendrogram", "average_linkage", "average_linkage_over_ranks", "merging_over_ranks"]

@@ -1,5 +1,6 @@
-"""The two doors of the engine: cluster in one process, or with the neighbour search spread over ranks."""
+"""The doors of the engine: cluster in one process, or with the neighbour search spread over ranks."""
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Callable
@@ -125,15 +126,107 @@ def average_linkage_over_ranks(
         points = distributed.all_gather_shares(own_points, num_points)
         return distributed.on_main(lambda: _of_all_pairs(points, space, mode))
 
+    merging = graph_memory(num_points, num_neighbors)
+    recall = _recall(num_points, exact_search_up_to, min_recall)
+    found = _neighbors_over_ranks(own_points, num_points, space, num_neighbors, recall, gather_up_to, merging)
+    forest = distributed.on_main(lambda: graph_linkage(*found))
+    part = distributed.broadcast_from_main(forest.part if forest else None, device)
+    sums = None
+    if num_parts := _to_join(part):
+        own_parts = part[torch.arange(own.start, own.stop, own.step, device=device)]
+        sums = distributed.all_reduce_sum(sums_of_parts(own_points, own_parts, num_parts, space))
+    return distributed.on_main(lambda: forest.join(sums) if forest else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Merging:
+    """The part of a clustering that is one process's alone, with all it takes, on the CPU: for another process to do.
+
+    Attributes:
+        points: ``[n, d]``.
+        space: the geometry they are points of.
+        mode: "graph", "exact" or "dense".
+        graph: what :func:`uhml.hierarchy.graph.graph_linkage` takes, in mode "graph".
+    """
+
+    points: Tensor
+    space: Geometry
+    mode: str
+    graph: tuple[Tensor, ...] | None
+
+    def __call__(self) -> Dendrogram:
+        """Return the tree.
+
+        Raises:
+            UserError: memory does not suffice.
+        """
+        if self.graph is None:
+            return _of_all_pairs(self.points, self.space, self.mode)
+        n, k = self.graph[0].shape
+        require(graph_memory(n, k), self.points.device, _graph(n), FEWER)
+        forest = graph_linkage(*self.graph)
+        num_parts = _to_join(forest.part)
+        return forest.join(sums_of_parts(self.points, forest.part, num_parts, self.space) if num_parts else None)
+
+
+def merging_over_ranks(
+    own_embeddings: Tensor,
+    num_points: int,
+    *,
+    mode: str = "graph",
+    geometry: str = "poincare",
+    curvature: float = 0.1,
+    num_neighbors: int = 20,
+    exact_search_up_to: int = EXACT_SEARCH_UP_TO,
+    min_recall: float = MIN_RECALL,
+    gather_up_to: int = GATHER_UP_TO,
+) -> Merging | None:
+    """Do of :func:`average_linkage_over_ranks` what all ranks do, and return on rank 0 what is left. A collective.
+
+    Arguments and errors as there.
+    """
+    space = _check(mode, geometry, curvature, num_neighbors, min_recall)
+    _check_not_empty(num_points)
+    own = distributed.share(num_points)
+    own_points = distributed.on_every_rank(lambda: space.points(_precise(own_embeddings, mode), own))
+    graph = None
+    if mode == "graph":
+        recall = _recall(num_points, exact_search_up_to, min_recall)
+        found = _neighbors_over_ranks(own_points, num_points, space, num_neighbors, recall, gather_up_to, 0)
+        graph = tuple(tensor.cpu() for tensor in found) if distributed.is_main() else None
+    points = distributed.gather_shares_on_main(own_points, num_points)
+    return None if points is None else Merging(points, space, mode, graph)
+
+
+def _neighbors_over_ranks(
+    own_points: Tensor,
+    num_points: int,
+    space: Geometry,
+    num_neighbors: int,
+    recall: float,
+    gather_up_to: int,
+    more_on_main: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, on every rank, all points' neighbours, their distances and the points that equal them. A collective.
+
+    Args:
+        own_points: ``[len(distributed.share(num_points)), d]``, this rank's rows.
+        num_points: the number of rows over all ranks.
+        space: the geometry they are points of.
+        num_neighbors: of each point.
+        recall: share of the true neighbours to find at least.
+        gather_up_to: as for :func:`average_linkage_over_ranks`.
+        more_on_main: bytes that rank 0 is to have left on the device.
+    """
+    own, device = distributed.share(num_points), own_points.device
     gathers = num_points * own_points.shape[1] * own_points.element_size() <= gather_up_to
     num_searched = num_points if gathers else 2 * len(own)
     needed = search_memory(len(own), num_searched, own_points, num_neighbors)
-    needed += graph_memory(num_points, num_neighbors) if distributed.is_main() else 12 * num_points * num_neighbors
+    needed += max(more_on_main if distributed.is_main() else 0, 12 * num_points * num_neighbors)
     distributed.on_every_rank(lambda: require(needed, device, _graph(num_points), FEWER))
 
     first = first_equal(distributed.all_gather_shares(row_hashes(own_points), num_points))
     own_ids = torch.arange(own.start, own.stop, own.step, device=device)
-    recall = _recall(num_points, exact_search_up_to, min_recall)
 
     def search(queries: Tensor, query_ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         found = None
@@ -154,12 +247,7 @@ def average_linkage_over_ranks(
     own_neighbors, own_distances = _of_first(own_points, own_ids, first, num_neighbors, search)
     neighbors = distributed.all_gather_shares(own_neighbors, num_points)
     distances = distributed.all_gather_shares(own_distances, num_points)
-    forest = distributed.on_main(lambda: graph_linkage(neighbors, distances, first))
-    part = distributed.broadcast_from_main(forest.part if forest else None, device)
-    sums = None
-    if num_parts := _to_join(part):
-        sums = distributed.all_reduce_sum(sums_of_parts(own_points, part[own_ids], num_parts, space))
-    return distributed.on_main(lambda: forest.join(sums) if forest else None)
+    return neighbors, distances, first
 
 
 def _to_join(part: Tensor) -> int:

@@ -32,6 +32,7 @@ from uhml.metrics import Embedded, kmeans_clusters, retrieval
 from uhml.model import Embedder, build_embedder
 from uhml.planning.costs import LINKAGE_GROWTH, Growth, Network
 from uhml.reporting.figures import thumbnails
+from uhml.reporting.hierarchy import show_hierarchy
 from uhml.reporting.report import Reporter
 from uhml.run.training_state import TrainingState
 from uhml.train import cluster_batches, train_step
@@ -282,7 +283,7 @@ def _recording(model: Embedder, config: Config, pictures: Pictures, folder: Path
     (folder / "checkpoints").mkdir()
     began = time.perf_counter()
     with Reporter(folder, config) as report:
-        report.hierarchy(0, state.tree, levels.numpy(), pictures, batch)
+        report.hierarchy(0, show_hierarchy(0, state.tree, levels.numpy(), pictures, batch))
         state.save(folder, report.settle)
         record = time.perf_counter() - began
         shown, _ = _timed(lambda: _show(report, pictures), torch.device("cpu"))

@@ -18,7 +18,7 @@ from uhml.model.head import ROWS_AT_ONCE
 from uhml.reporting.figures import THUMBNAIL
 from uhml.reporting.projector import MOST
 
-FLOAT, DOUBLE, INT = 4, 8, 8
+HALF, FLOAT, DOUBLE, INT = 2, 4, 8, 8
 # Copies of all thumbnails as floats that torch makes of them on the way to one image.
 SPRITES = 7
 # Bytes of a picture's path as a Python string of some 70 letters, and of what points to it.
@@ -177,8 +177,14 @@ class Memory:
 
 
 def num_hierarchies(config: Config) -> int:
-    """Return how often the pictures are clustered: every so many steps, and after the last."""
-    return math.ceil(config.train.num_steps / config.hierarchy.recluster_every) + 1
+    """Return how often the pictures are clustered: at every so many steps, if any step learns of it, and at the end."""
+    num_steps, options = config.train.num_steps, config.hierarchy
+    return math.ceil(max(num_steps - options.overlap_steps, min(num_steps, 1)) / options.recluster_every) + 1
+
+
+def num_overlapped(config: Config) -> int:
+    """Return how many of the clusterings go on while steps are taken: not the first, and not the last."""
+    return max(0, num_hierarchies(config) - 2) if config.hierarchy.overlap_steps else 0
 
 
 def num_evaluations(config: Config) -> int:
@@ -217,23 +223,28 @@ def seconds(config: Config, sizes: Sizes, ranks: Ranks, network: Network, speed:
     n, options = sizes.train, config.hierarchy
     hierarchies, evaluations = num_hierarchies(config), num_evaluations(config) if sizes.test else 0
     first_fit = int(config.model.init_from is None)
-    embedding = (first_fit + hierarchies) * (n / ranks.nodes * speed.picture + speed.start)
+    # With a bank of features only the first clustering and the last pass through the pictures.
+    passes = first_fit + (min(2, hierarchies) if options.features == "bank" else hierarchies)
+    embedding = passes * (n / ranks.nodes * speed.picture + speed.start)
     checkpoint, tree = disk(config, sizes, network)
     written = num_checkpoints(config) * checkpoint + hierarchies * tree
     linked = n
     if options.mode == "graph":
         linked = round((n * options.num_neighbors) ** LINKAGE_GROWTH)
+    step, overlapped = seconds_of_step(config, ranks, speed), num_overlapped(config)
+    # What goes on beside the steps is waited for only where it takes longer than they do.
+    waited = max(0.0, speed.linkage(linked) - options.overlap_steps * step)
     coordinates = (network.num_features + 2 * config.model.embedding_dim) / 1000
     scoring = speed.retrieval(sizes.test) / ranks.world_size + speed.kmeans(sizes.test)
     parts = 1 + (sizes.gallery > 0)
     evaluation = sizes.scored / ranks.nodes * speed.picture + parts * speed.start + coordinates * scoring
     return Seconds(
         reading=(n + sizes.scored) / ranks.nodes * speed.checked,
-        steps=config.train.num_steps * seconds_of_step(config, ranks, speed) + (hierarchies - 1) * speed.start,
+        steps=config.train.num_steps * step + (hierarchies - 1) * speed.start,
         embedding=embedding,
         search=hierarchies * seconds_of_search(config, n, ranks, speed.search),
-        linkage=hierarchies * speed.linkage(linked),
-        recording=hierarchies * speed.record + written / speed.disk,
+        linkage=(hierarchies - overlapped) * speed.linkage(linked) + overlapped * waited,
+        recording=(hierarchies - overlapped) * speed.record + written / speed.disk,
         evaluation=evaluations * evaluation
         + speed.start
         + min(MOST, sizes.test or n) * (speed.picture / ranks.nodes + speed.shown),
@@ -255,6 +266,10 @@ def memory(config: Config, sizes: Sizes, ranks: Ranks, network: Network, *, rank
     num_levels = len(options.cuts) + 1
     # AdamW keeps two moments of each parameter; data parallelism a copy of the gradients in buckets.
     kept = network.weights + 3 * network.learned + (network.learned if world > 1 else 0) + len(options.cuts) * n * FLOAT
+    if options.features == "bank":
+        kept += (own + 1) * width * HALF
+    if options.overlap_steps:
+        kept += own * d * FLOAT
     micro_batch = min(batch, config.train.micro_batch_size or batch)
     pairs = min(batch, max(1, PAIRS_AT_ONCE // global_batch)) * global_batch
     # Pictures, what one pass of the network keeps of them, and the loss of the pairs that are compared at once.
@@ -303,6 +318,16 @@ def _clustering(config: Config, n: int, own: int, rank: int) -> int:
     return n * d * DOUBLE + (exact_memory(n, d) if options.mode == "exact" else dense_memory(n))
 
 
+def background(config: Config, n: int) -> int:
+    """Return the bytes that the process beside rank 0 takes of the host, beyond its libraries; 0 if there is none."""
+    options, d = config.hierarchy, config.model.embedding_dim
+    if not options.overlap_steps:
+        return 0
+    if options.mode == "graph":
+        return n * d * FLOAT + graph_memory(n, options.num_neighbors)
+    return n * d * DOUBLE + (exact_memory(n, d) if options.mode == "exact" else dense_memory(n))
+
+
 def batches_in_flight(config: Config, ranks: Ranks) -> int:
     """Return the bytes of shared memory that the loaders of one node hold ready."""
     batch = config.train.global_batch_size // ranks.world_size
@@ -321,11 +346,12 @@ def wire_per_step(config: Config, ranks: Ranks, network: Network) -> tuple[int, 
     gathered = views * (d + 1) * FLOAT
     # Besides the gradients, those of the points; then two sums and a word whether all are well.
     summed = network.learned + views * d * FLOAT + 2 * FLOAT + INT
+    features = views * network.num_features * HALF if config.hierarchy.features == "bank" else 0
 
-    def sent(summed: int) -> int:
+    def sent(summed: int, gathered: int) -> int:
         return (2 * summed + gathered) * (world - 1) // world
 
-    return sent(summed), sent(network.learned)
+    return sent(summed, gathered + features), sent(network.learned, gathered)
 
 
 def seconds_of_exchange(bytes_of_rank: int, ranks: Ranks, link: float, node_network: float) -> float:
@@ -338,10 +364,16 @@ def seconds_of_exchange(bytes_of_rank: int, ranks: Ranks, link: float, node_netw
 
 
 def disk(config: Config, sizes: Sizes, network: Network) -> tuple[int, int]:
-    """Return the bytes of one checkpoint and of one hierarchy. Trees have four numbers of eight bytes for a merge."""
-    tree = (sizes.train - 1) * 4 * DOUBLE
-    levels = len(config.hierarchy.cuts) * sizes.train * 4
-    return network.weights + 2 * network.learned + levels + tree, tree
+    """Return the bytes of one checkpoint and of one hierarchy. Trees have four numbers of eight bytes for a merge.
+
+    Of the checkpoint with most in it: while a clustering goes on, what it is of belongs to it.
+    """
+    n, options = sizes.train, config.hierarchy
+    tree = (n - 1) * 4 * DOUBLE
+    levels = len(options.cuts) * n * 4
+    bank = n * network.num_features * HALF if options.features == "bank" else 0
+    pending = n * config.model.embedding_dim * FLOAT if options.overlap_steps else 0
+    return network.weights + 2 * network.learned + levels + tree + bank + pending, tree
 
 
 def num_kept(config: Config) -> int:

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -19,17 +17,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from uhml import distributed
 from uhml.config import Config
-from uhml.data.pictures import Pictures
 from uhml.errors import UserError
 from uhml.files import write_whole
-from uhml.hierarchy import Dendrogram
-from uhml.hierarchy.plot import draw_top
-from uhml.hierarchy.quality import dendrogram_purity
 from uhml.loss import Pairs
 from uhml.metrics import Scores
 from uhml.reporting import hyperparameters
-from uhml.reporting.figures import draw_batch, draw_clusters
 from uhml.reporting.guards import GUARDS, Guard
+from uhml.reporting.hierarchy import ShownHierarchy
 
 logger = logging.getLogger(__name__)
 
@@ -120,42 +114,29 @@ class Reporter:
             recall = {f"recall_at_{k}": value for k, value in found.recall_at_k.items()}
             self.scalars(f"unseen_{name}", step, {**recall, "map_at_r": found.map_at_r, "nmi": found.nmi})
 
-    def hierarchy(
-        self, step: int, tree: Dendrogram, levels: NDArray[np.int32], pictures: Pictures, batch: NDArray[np.int64]
-    ) -> None:
-        """Record the tree and the sizes of the clusters on each level, and show some of them as pictures.
+    def hierarchy(self, step: int, shown: ShownHierarchy) -> None:
+        """Record the sizes of the clusters on each level, and the pictures of them.
 
         Args:
-            step: of the re-clustering.
-            tree: that was found.
-            levels: ``[K, n]``, finest first.
-            pictures: the n training pictures.
-            batch: ``[P, M]``, the pictures of the batch of this step, a row for each of its clusters.
+            step: of the network that embedded the pictures, whenever their clustering was done.
+            shown: see :func:`uhml.reporting.hierarchy.show_hierarchy`.
         """
         if not self.active:
             return
         summary: list[str] = []
         figures: dict[str, float] = {}
-        cuts = [int(level.max()) + 1 for level in levels]
-        tops = draw_top(tree, f"Step {step}: the top of the tree of {tree.num_points:,} pictures", cuts)
-        batches = draw_batch(batch, levels, pictures, f"Step {step}: clusters of a batch of {batch.size:,} pictures")
         with self._told():
-            for k, level in enumerate(levels, start=1):
-                sizes = np.bincount(level)
+            for k, (sizes, clusters) in enumerate(zip(shown.sizes, shown.clusters, strict=True), start=1):
                 figures[f"level{k}_clusters"] = len(sizes)
                 figures[f"level{k}_largest"] = int(sizes.max())
                 figures[f"level{k}_singletons"] = int((sizes == 1).sum())
                 self.tensorboard.add_histogram(f"cluster_sizes/level{k}", sizes, step)
-                self.tensorboard.add_image(f"clusters/level{k}", draw_clusters(level, pictures), step)
+                self.tensorboard.add_image(f"clusters/level{k}", clusters, step)
                 summary.append(f"{len(sizes)} clusters (largest {sizes.max()})")
-            # How good the tree is, where that can be known; nothing learns from it.
-            for name, labels in (("", pictures.labels), ("super_", pictures.super_labels)):
-                if labels is not None:
-                    figures[f"{name}dendrogram_purity"] = dendrogram_purity(tree, labels)
-            self.tensorboard.add_figure("hierarchy/tree", tops, step)
-            self.tensorboard.add_figure("hierarchy/batch", batches, step)
-        self.scalars("hierarchy", step, figures)
-        logger.info("step %d: hierarchy of %d pictures: %s", step, levels.shape[1], ", ".join(summary))
+            self.tensorboard.add_image("hierarchy/tree", shown.tree, step)
+            self.tensorboard.add_image("hierarchy/batch", shown.batch, step)
+        self.scalars("hierarchy", step, figures | shown.purity)
+        logger.info("step %d: hierarchy of %d pictures: %s", step, shown.num_pictures, ", ".join(summary))
 
     def guards(self, step: int, guards: Sequence[Guard]) -> None:
         """Record the figures that are watched beside their alarm lines, and warn of those beyond."""

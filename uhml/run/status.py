@@ -110,7 +110,9 @@ class StatusReport:
             self.written = time.monotonic()
 
     def phase(self, phase: Phase) -> None:
-        """Tell that something else is being done now."""
+        """Tell that something else is being done now, if it is."""
+        if (self.status.state, self.status.phase) == ("running", phase):
+            return
         self.stepped = -float("inf")
         self.tell(state="running", phase=phase)
 

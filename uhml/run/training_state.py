@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +24,24 @@ from uhml.hierarchy import Dendrogram
 from uhml.metrics import Scores
 from uhml.model import Embedder
 from uhml.optim import build_optimizer, build_schedule
+from uhml.run.bank import FeatureBank
 from uhml.run.checkpoint import DamagedFile, read_file, save_checkpoint
 from uhml.run.random_state import random_state, restore_random_state
 from uhml.run.stepper import Stepper
 
 logger = logging.getLogger(__name__)
+
+
+class Pending(NamedTuple):
+    """A clustering that is going on in the background: what it is of, from which it can be begun again.
+
+    Attributes:
+        step: at which the pictures were embedded.
+        own: ``[len(share(n)), d]``, this rank's rows of the embedding.
+    """
+
+    step: int
+    own: Tensor
 
 
 class TrainingState:
@@ -48,6 +61,8 @@ class TrainingState:
         step: steps taken.
         levels: ``[K, n]`` int32 on the model's device, what the steps learn from; None before the first clustering.
         tree: what the levels are cut from, on rank 0.
+        pending: the clustering whose levels come next, while it is going on.
+        bank: the training pictures' features, see ``hierarchy.features``; None without, and before they are known.
         best: the greatest score on validation classes so far, see :func:`uhml.train.score_now`.
         before: scores before the first step; None until they are known, and where there is nothing to score.
         saved: the step of the newest checkpoint; None before the first.
@@ -61,11 +76,13 @@ class TrainingState:
         self.step = 0
         self.levels: Tensor | None = None
         self.tree: Dendrogram | None = None
+        self.pending: Pending | None = None
+        self.bank: FeatureBank | None = None
         self.best = 0.0
         self.before: dict[str, Scores] | None = None
         self.saved: int | None = None
         self._started, self._seconds_before = time.monotonic(), 0.0
-        self._pictures = fingerprint(splits)
+        self._pictures, self._num_pictures = fingerprint(splits), len(splits.train)
 
     @property
     def seconds(self) -> float:
@@ -82,11 +99,19 @@ class TrainingState:
         Raises:
             UserError: the file cannot be written.
         """
-        random_states = distributed.gather_objects(random_state())
-        distributed.on_main(lambda: self._write(run_dir, settle(), random_states), interruptible=False)
+        pending, bank = self.pending, self.bank
+        of_ranks: dict[str, Any] = {
+            "random_states": distributed.gather_objects(random_state()),
+            "pending": None if pending is None else {"step": pending.step, "rows": self._all_rows(pending.own)},
+            "bank": None if bank is None else self._all_rows(bank.own),
+        }
+        distributed.on_main(lambda: self._write(run_dir, settle(), of_ranks), interruptible=False)
         self.saved = self.step
 
-    def _write(self, run_dir: Path, recorded: dict[str, int], random_states: list[dict[str, Any]]) -> None:
+    def _all_rows(self, own: Tensor) -> Tensor | None:
+        return distributed.gather_shares_on_main(own, self._num_pictures)
+
+    def _write(self, run_dir: Path, recorded: dict[str, int], of_ranks: dict[str, Any]) -> None:
         state = {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -98,7 +123,7 @@ class TrainingState:
             "best": self.best,
             "recorded": recorded,
             "seconds": self.seconds,
-            "random_states": random_states,
+            **of_ranks,
             "pictures": self._pictures,
             "config": dump_config(self.config),
             "versions": _versions(),
@@ -136,6 +161,10 @@ class TrainingState:
         if parse_dump(saved["config"]).hierarchy == self.config.hierarchy and saved["levels"] is not None:
             self.levels = saved["levels"].to(self.model.device)
             self.tree = Dendrogram(saved["tree"].numpy()) if distributed.is_main() else None
+            if (pending := saved.get("pending")) is not None:
+                self.pending = Pending(pending["step"], self._share(pending["rows"]))
+        if saved.get("bank") is not None and self.config.hierarchy.features == "bank":
+            self.bank = FeatureBank(self._share(saved["bank"]))
         self.best = saved["best"]
         if saved["before"] is not None:
             self.before = {name: Scores(**scores) for name, scores in saved["before"].items()}
@@ -144,6 +173,9 @@ class TrainingState:
             restore_random_state(saved["random_states"][distributed.rank()])
         for difference in _differences(saved):
             logger.warning("%s, so from here on the run is no longer bit for bit the same.", difference)
+
+    def _share(self, rows: Tensor) -> Tensor:
+        return rows[torch.tensor(distributed.share(len(rows)), dtype=torch.long)].to(self.model.device)
 
 
 def read_state(path: Path) -> dict[str, Any]:
