@@ -216,7 +216,7 @@ class LossConfig:
 
     view_weight: NonNegative = 0.3
     """Weight of the contrast of two views of a picture against the other pictures, beside the log-ratio loss on all
-    levels; 0 leaves it out, as the article does. It needs mining.num_views=2."""
+    levels; 0 leaves it out, as the article does. With one view of each picture there is none."""
 
     view_sharpness: Positive = 10.0
     """How much more the nearest other pictures count in that contrast: the p of log(1 + sum (d_view / d_other)^p)."""
@@ -440,7 +440,7 @@ def describe_keys() -> str:
             choices = _choices(fields[field.name].annotation)
             lines += [f"  {section}.{field.name}={shown}" + (f"   [{' | '.join(choices)}]" if choices else "")]
             text = " ".join((fields[field.name].description or "").split())
-            lines += textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            lines += textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
         lines += [""]
     return "\n".join(lines)
 
