@@ -270,11 +270,12 @@ class _InPlace:
 class ClusteringInPlace:
     """No process in the background, which takes seconds to start; and another fault."""
 
-    other: Callable[[], None] = lambda: None
+    other: Callable[[], None] | None = None
 
     def __call__(self):
         uhml.train.Background = _InPlace
-        self.other()
+        if self.other is not None:
+            self.other()
 
 
 @dataclasses.dataclass
