@@ -313,7 +313,8 @@ FREE_TO_CHANGE = frozenset(
     }
 )
 """Keys that a run may go on with at another value, unasked: none changes what is learned, but for rounding on another
-device, in other micro-batches or by compiled code. That other pictures lie under another ``data.root`` is noticed by their names."""
+device, in other micro-batches or by compiled code. That other pictures lie under another ``data.root`` is noticed by
+their names."""
 
 
 @_section
