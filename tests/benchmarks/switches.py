@@ -51,12 +51,12 @@ KINDS = {
     PLAIN: [],
     "channels first": [],
     "bfloat16": BFLOAT16,
-    "compiled": ["train.compile=true"],
-    "compiled, bfloat16": ["train.compile=true", *BFLOAT16],
     "micro-batches of a quarter": [],
     "AdamW foreach": [],
     "AdamW loop": [],
     "freed memory given back": [],
+    "compiled": ["train.compile=true"],
+    "compiled, bfloat16": ["train.compile=true", *BFLOAT16],
 }
 """Rows, and what each adds to the plain config; those that add nothing are no switches, see :func:`child`."""
 
@@ -253,7 +253,7 @@ def main():
         return
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    config, rows = plain(args), []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(args, folder)
@@ -270,6 +270,10 @@ def main():
                 row[what] = batch / statistics.median(own for own, _ in pairs)
                 row[f"{what}_times"] = 1.0 if kind == PLAIN else statistics.median(b / a for a, b in pairs)
             rows.append(row | {"deviation": deviation(folder, kind)})
+            # At once: what compiles may take long.
+            said = {"device": str(device_of(config)), "torch": torch.__version__, "batch": batch, "rows": rows}
+            (args.out / "switches.json").write_text(json.dumps(said, indent=2) + "\n")
+            draw(rows, args.out / "switches.png")
             if other is not reference:
                 other.end()
             print(f"{kind}: {row['start_seconds']:.1f} s to start", file=sys.stderr, flush=True)
@@ -280,9 +284,6 @@ def main():
         rates = " | ".join(f"{row[what]:.0f} ({row[f'{what}_times']:.2f} x)" for what in ("forward", "step"))
         deviations = " | ".join(f"{value:.1e}" for value in row["deviation"].values())
         print(f"| {row['kind']} | {rates} | {row['bytes'] / 2**30:.2f} | {deviations} |")
-    said = {"device": str(device_of(plain(args))), "torch": torch.__version__, "batch": batch, "rows": rows}
-    (args.out / "switches.json").write_text(json.dumps(said, indent=2) + "\n")
-    draw(rows, args.out / "switches.png")
 
 
 if __name__ == "__main__":
