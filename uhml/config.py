@@ -146,10 +146,12 @@ class ModelConfig:
     freer, and those of untrained features mean little; large ones leave the angle alone."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the backbone in training steps. The ball's arithmetic is always float32."""
+    """Arithmetic of the backbone in training steps. The ball's arithmetic is always float32. bfloat16 is for GPUs: on a
+    CPU its steps are slower."""
 
     inference_precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the backbone where pictures are only embedded: for clustering and evaluation."""
+    """Arithmetic of the backbone where pictures are only embedded: for clustering and evaluation. bfloat16 is faster on
+    CPUs, too, that have instructions for it."""
 
 
 @_section

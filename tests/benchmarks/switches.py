@@ -60,7 +60,7 @@ KINDS = {
 }
 """Rows, and what each adds to the plain config; those that add nothing are no switches, see :func:`child`."""
 
-FITTED = 1024
+FITTED = 640
 """Pictures that the head is fitted to."""
 
 

@@ -61,7 +61,8 @@ class Backbone(nn.Module):
             batch_size: of full batches in evaluation mode.
         """
         self._compiled_for = batch_size
-        self.network.compile(dynamic=False)
+        # With eager torch's random numbers: dropout is as uncompiled, and alike in both passes of a micro-batch.
+        self.network.compile(dynamic=False, options={"fallback_random": True})
 
     def train(self, mode: bool = True) -> "Backbone":
         """Switch training mode, of all but batch normalisation."""
