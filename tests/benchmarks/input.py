@@ -38,7 +38,7 @@ from uhml.data.pictures import Splits
 from uhml.data.transforms import BICUBIC, training_transform
 from uhml.data.verify import list_pictures
 from uhml.distributed import process_group
-from uhml.loss import HierarchicalLogRatioLoss
+from uhml.loss import HierarchicalLoss
 from uhml.planning.calibration import nested_levels
 from uhml.run.training_state import TrainingState
 
@@ -108,7 +108,7 @@ def measure(config, ways, num_steps, repeats, folder, device):
     model = train.build_model(config, False).to(device)
     state = TrainingState(model, Splits(train=files), config)
     state.levels = nested_levels(len(files), num_levels).to(device)
-    loss = HierarchicalLogRatioLoss(config.loss.omega, num_levels + (config.mining.num_views > 1))
+    loss = HierarchicalLoss(config.loss, num_levels, config.mining.num_views)
 
     def learn(batch):
         train.train_step(state.model, *batch, state, loss, config, folder)

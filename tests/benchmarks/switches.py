@@ -39,7 +39,7 @@ from uhml import train
 from uhml.config import load_config
 from uhml.data.verify import list_pictures
 from uhml.environment import keep_freed_memory
-from uhml.loss import HierarchicalLogRatioLoss
+from uhml.loss import HierarchicalLoss
 from uhml.model import Backbone
 from uhml.optim import build_optimizer
 from uhml.planning.calibration import nested_levels
@@ -113,7 +113,7 @@ def child(args):
         pictures = some_pictures(config)
         state = TrainingState(model, train.Splits(train=pictures), config)
     state.levels = nested_levels(len(pictures), len(config.hierarchy.cuts)).to(device)
-    loss_function = HierarchicalLogRatioLoss(config.loss.omega, len(state.levels) + (config.mining.num_views > 1))
+    loss_function = HierarchicalLoss(config.loss, len(state.levels), config.mining.num_views)
     images = start["images"].to(device)
 
     def forward():
