@@ -108,23 +108,6 @@ def finished(shapes, config, tmp_path):
     return run_dir
 
 
-def test_a_run_compiles_the_backbone_in_place(finished, shapes, config, tmp_path, monkeypatch):
-    asked = []
-    # Without compiling it: that is tested with the model.
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: asked.append(module))
-    assert run(config, shapes, tmp_path / "compiled", "train.compile=true", "train.micro_batch_size=12") == 0
-    assert len(asked) == 1
-    losses = [[line["loss"] for line in figures(folder, "train")] for folder in (finished, tmp_path / "compiled")]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    weights = [
-        read_file(folder / "checkpoints/step-00000004.pt")["model"] for folder in (finished, tmp_path / "compiled")
-    ]
-    assert list(weights[0]) == list(weights[1])
-    # A network that is taken out of the run is not compiled, and needs no compiler.
-    load_trained(str(tmp_path / "compiled"))
-    assert len(asked) == 1
-
-
 def test_a_cache_changes_nothing(shapes, config, tmp_path):
     small = ("model.backbone=test_efficientnet.r160_in1k", "model.weights=random", "train.num_steps=3")
     options = {"files": (), "cache": (f"data.cache={tmp_path / 'kept'}", "data.reduce_to=40", "data.num_workers=0")}
