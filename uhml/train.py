@@ -80,7 +80,10 @@ def train(config: Config, run_dir: Path, overwrite: bool = False, allow_change: 
         with open_run_dir(run_dir, config, overwrite, allow_change) as run:
             splits = readable_pictures(listed, config.data)
             saved = None if run.checkpoint is None else read_state(run.checkpoint)
-            state = TrainingState(build_model(config, saved is None).to(device).eval(), splits, config)
+            model = build_model(config, saved is None).to(device).eval()
+            if config.train.compile:
+                compile_backbone(model, config)
+            state = TrainingState(model, splits, config)
             with Reporter(run_dir, config, saved) as report:
                 try:
                     if saved is None:
@@ -214,6 +217,14 @@ def build_model(config: Config, is_new: bool) -> Embedder:
     model = distributed.on_every_rank(lambda: build_embedder(options, config.data.image_size))
     seed_generators(config.train.seed, distributed.rank())
     return model
+
+
+def compile_backbone(model: Embedder, config: Config) -> None:
+    """Have torch compile the backbone, on every rank."""
+    logger.info("Compiling the backbone, and once more in the first step: it may take minutes.")
+    side = config.data.image_size
+    images = torch.zeros(config.eval.batch_size, 3, side, side, device=model.device)
+    distributed.on_every_rank(lambda: model.compile_backbone(images))
 
 
 def start_head(model: Embedder, pictures: Pictures, config: Config) -> None:

@@ -38,12 +38,31 @@ class Backbone(nn.Module):
         # Convolutions on the CPU and on tensor cores are much faster with the channels last.
         self.network = network.to(memory_format=torch.channels_last)
         self.mean, self.std = mean, std
+        self._compiled_for = 0
         with torch.inference_mode():
             self.num_features = self.eval()(torch.zeros(1, 3, image_size, image_size)).shape[-1]
 
     def forward(self, images: Tensor) -> Tensor:
         """Map ``[b, 3, h, w]`` to features ``[b, num_features]``."""
-        return self.network(images.contiguous(memory_format=torch.channels_last))
+        missing = 0 if self.training else max(0, self._compiled_for - len(images))
+        if missing:
+            images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
+        features = self.network(images.contiguous(memory_format=torch.channels_last))
+        return features[: len(features) - missing]
+
+    def compile_network(self, batch_size: int) -> None:
+        """Have torch compile the network where it is next used, in place: weights keep their names.
+
+        Each code is for one size of batch. Code for any size would depend on the size it was first made for, and a run
+        that goes on would differ from one that was never interrupted. In evaluation mode, where the last batch of
+        everything is shorter, such batches are filled up.
+
+        Args:
+            batch_size: of full batches in evaluation mode.
+        """
+        self._compiled_for = batch_size
+        # With eager torch's random numbers: dropout is as uncompiled, and alike in both passes of a micro-batch.
+        self.network.compile(dynamic=False, options={"fallback_random": True})
 
     def train(self, mode: bool = True) -> "Backbone":
         """Switch training mode, of all but batch normalisation."""

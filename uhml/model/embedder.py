@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from uhml.config import ModelConfig
+from uhml.errors import UserError
 from uhml.model.backbone import Backbone, build_backbone
 from uhml.model.head import HyperbolicHead
 from uhml.model.projector import Projector
@@ -43,6 +44,26 @@ class Embedder(nn.Module):
         bfloat16 = (self.precision if self.training else self.inference_precision) == "bfloat16"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
             return self.backbone(images).float()
+
+    def compile_backbone(self, images: Tensor) -> None:
+        """Have torch compile the backbone: now for evaluation mode, and at its first use for training.
+
+        Args:
+            images: ``[b, 3, h, w]``, any, of a full batch in evaluation mode.
+
+        Raises:
+            UserError: torch cannot, for want of a compiler.
+        """
+        self.backbone.compile_network(len(images))
+        try:
+            with torch.inference_mode():
+                self.eval().features(images)
+        except torch._dynamo.exc.TorchDynamoException as e:
+            reason = " ".join(str(e).split())[:300]
+            raise UserError(
+                "train.compile=true: torch cannot compile the backbone here. It needs a C++ compiler such as g++ on a "
+                f"CPU, and Triton on a GPU: install that, or leave it out with train.compile=false. ({reason})"
+            ) from e
 
     @property
     def learned_head(self) -> HyperbolicHead | Projector:
