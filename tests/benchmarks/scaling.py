@@ -7,7 +7,8 @@ and ``scaling.png``, and prints the tables.
 
 * Time over 1, 2 and 4 ranks, one thread and one core each: weak, with ``train.global_batch_size`` views on every rank,
   and strong, with that many on all together. Ranks beyond the cores of the machine share them; the ideal allows for it.
-  Launches are repeated in turn; medians.
+  Launches are repeated in turn; medians. Beside it stands the processor time of all ranks together, for each view as a
+  multiple of one rank's: what comes of more ranks alone, however busy the machine is with other things.
 * Wire and memory over 1, 2, 4 and 8 ranks, of a network so small that what is ours shows: bytes that a rank sends in a
   step, which the system counts on each of its TCP connections, beside the least possible and ``uhml plan``'s figure;
   those and the time of agreeing to go on before each step; and the peak of a rank's memory, as the system counts it.
@@ -91,10 +92,11 @@ def rank(config, out):
         for step in range(WARM_UP + STEPS):
             if step == WARM_UP:
                 distributed.all_reduce_max(0)
-                before = bytes_sent()
+                before, busy = bytes_sent(), time.process_time()
             started = time.perf_counter()
             train_step(parallel, *next_together(batches), state, loss, config, out)
             seconds.append(time.perf_counter() - started)
+        busy = (time.process_time() - busy) / STEPS
         distributed.all_reduce_max(0)
         sent = (bytes_sent() - before) / STEPS
         before, started = bytes_sent(), time.perf_counter()
@@ -102,6 +104,7 @@ def rank(config, out):
             distributed.on_every_rank(lambda: None)
         found = {
             "seconds": statistics.median(seconds[WARM_UP:]),
+            "busy": busy,
             "sent": sent,
             "agreement_seconds": (time.perf_counter() - started) / AGREEMENTS,
             "agreement_sent": (bytes_sent() - before) / AGREEMENTS,
