@@ -7,7 +7,8 @@ and ``scaling.png``, and prints the tables.
 
 * Time over 1, 2 and 4 ranks, one thread and one core each: weak, with ``train.global_batch_size`` views on every rank,
   and strong, with that many on all together. Ranks beyond the cores of the machine share them; the ideal allows for it.
-  Launches are repeated in turn; medians.
+  Launches are repeated in turn; medians. Beside it stands the processor time of all ranks together, for each view as a
+  multiple of one rank's: what comes of more ranks alone, however busy the machine is with other things.
 * Wire and memory over 1, 2, 4 and 8 ranks, of a network so small that what is ours shows: bytes that a rank sends in a
   step, which the system counts on each of its TCP connections, beside the least possible and ``uhml plan``'s figure;
   those and the time of agreeing to go on before each step; and the peak of a rank's memory, as the system counts it.
@@ -91,10 +92,11 @@ def rank(config, out):
         for step in range(WARM_UP + STEPS):
             if step == WARM_UP:
                 distributed.all_reduce_max(0)
-                before = bytes_sent()
+                before, busy = bytes_sent(), time.process_time()
             started = time.perf_counter()
             train_step(parallel, *next_together(batches), state, loss, config, out)
             seconds.append(time.perf_counter() - started)
+        busy = (time.process_time() - busy) / STEPS
         distributed.all_reduce_max(0)
         sent = (bytes_sent() - before) / STEPS
         before, started = bytes_sent(), time.perf_counter()
@@ -102,6 +104,7 @@ def rank(config, out):
             distributed.on_every_rank(lambda: None)
         found = {
             "seconds": statistics.median(seconds[WARM_UP:]),
+            "busy": busy,
             "sent": sent,
             "agreement_seconds": (time.perf_counter() - started) / AGREEMENTS,
             "agreement_sent": (bytes_sent() - before) / AGREEMENTS,
@@ -133,25 +136,23 @@ def measure_time(words, repeats):
             runs.append({"kind": "strong", **launch(words, world, batch)})
             if world > 1:
                 runs.append({"kind": "weak", **launch(words, world, world * batch)})
-    print(
-        "\n| ranks | strong: s a step | speed-up | ideal | weak: s a step | efficiency | ideal |\n" + "|---" * 7 + "|"
-    )
     cores = len(os.sched_getaffinity(0))
+    print(f"\n{cores} cores\n\n| ranks | strong: s a step | speed-up | ideal | processor time | ", end="")
+    print("weak: s a step | efficiency | ideal | processor time |\n" + "|---" * 9 + "|")
     table = []
-    alone = statistics.median(run["seconds"] for run in runs if run["ranks"] == 1)
     for world in (1, 2, 4):
-        strong, weak = (
-            statistics.median(
-                run["seconds"] for run in runs if run["ranks"] == world and (run["kind"] == kind or world == 1)
-            )
-            for kind in ("strong", "weak")
-        )
-        ideal = min(world, cores)
-        row = {"ranks": world, "strong": strong, "speed_up": alone / strong, "weak": weak, "efficiency": alone / weak}
-        table.append(row | {"ideal_speed_up": ideal, "ideal_efficiency": ideal / world})
+        row = {"ranks": world, "ideal_speed_up": min(world, cores), "ideal_efficiency": min(world, cores) / world}
+        for kind in ("strong", "weak"):
+            chosen = [run for run in runs if run["ranks"] == world and (run["kind"] == kind or world == 1)]
+            row[kind] = statistics.median(run["seconds"] for run in chosen)
+            row[f"{kind}_busy"] = statistics.median(world * run["busy"] / run["batch"] for run in chosen)
+        table.append(row)
+        row["speed_up"], row["efficiency"] = table[0]["strong"] / row["strong"], table[0]["weak"] / row["weak"]
+        row["busy_strong"], row["busy_weak"] = (row[f"{k}_busy"] / table[0][f"{k}_busy"] for k in ("strong", "weak"))
         print(
-            f"| {world} | {strong:.3f} | {alone / strong:.2f} | {ideal} | {weak:.3f} | {alone / weak:.2f} | "
-            f"{ideal / world:.2f} |",
+            f"| {world} | {row['strong']:.3f} | {row['speed_up']:.2f} | {row['ideal_speed_up']} | "
+            f"{row['busy_strong']:.2f} | {row['weak']:.3f} | {row['efficiency']:.2f} | {row['ideal_efficiency']:.2f} | "
+            f"{row['busy_weak']:.2f} |",
             flush=True,
         )
     return {"cores": cores, "table": table, "runs": runs}
