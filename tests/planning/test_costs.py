@@ -13,7 +13,7 @@ from uhml.config import load_config
 from uhml.data.pictures import Pictures, Splits
 from uhml.hierarchy.graph import graph_memory
 from uhml.loss import HierarchicalLogRatioLoss
-from uhml.model import Backbone, Embedder, HyperbolicHead, build_embedder
+from uhml.model import Backbone, Embedder, HyperbolicHead, build_embedder, projected_dim
 from uhml.planning import costs
 from uhml.planning.calibration import measure_network, nested_levels
 from uhml.planning.costs import Growth, Network, Ranks, Sizes, Speed
@@ -151,10 +151,11 @@ def test_wire_is_what_a_step_exchanges_and_near_the_least(words, features):
     config, ranks = load_config(words[0], [f"hierarchy.features={features}"]), Ranks(nodes=1, per_node=2)
     for counted, network in run_ranks(exchanged, 2, words[0], features):
         wire, least = costs.wire_per_step(config, ranks, network)
-        assert counted["all_gather"] == 16 * ((16 + 1) * 4 + (features == "bank") * network.num_features * 2)
+        points = 16 * (projected_dim(network.num_features) + 1) * 4
+        assert counted["all_gather"] == points + (features == "bank") * 16 * network.num_features * 2
         # In a ring of two, half of what is gathered is a rank's own, and of what is added up each half travels twice.
         assert wire == network.learned + counted["all_reduce"] + counted["all_gather"] / 2
-        assert least == network.learned + 16 * (16 + 1) * 4 / 2
+        assert least == network.learned + points / 2
         assert wire < (1.001 if features == "fresh" else 1.01) * least
 
 
