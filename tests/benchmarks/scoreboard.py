@@ -2,10 +2,10 @@
 
     python tests/benchmarks/scoreboard.py --out results/cars configs/cars196.yaml data.root=cars196 data.image_size=96
 
-Run it from the top of the repository. Each row and seed is a run of its own in ``OUT/ROW/seed-S``; the same command
-again goes on where it stopped, and makes
-the table of what is there. Writes ``scoreboard.md``: per cent on unseen classes after the last step, the mean over
-seeds and its spread (standard deviation), and the command of each row.
+Run it from the top of the repository. The rows of SimCLR and STML need lightly and a clone of STML's code, as rows.py
+says. Each row and seed is a run of its own in ``OUT/ROW/seed-S``; the same command again goes on where it stopped, and
+makes the table of what is there. Writes ``scoreboard.md``: per cent on unseen classes after the last step, the mean
+over seeds and its spread (standard deviation), and the command of each row.
 """
 
 import argparse
