@@ -216,9 +216,10 @@ class LossConfig:
     """Ratio of distances asked for between neighbouring levels: a pair one level closer shall be at omega times the
     distance. Nearer 1 is gentler."""
 
-    view_weight: NonNegative = 0.3
-    """Weight of the contrast of two views of a picture against the other pictures, beside the log-ratio loss on all
-    levels; 0 leaves it out, as the article does. With one view of each picture there is none."""
+    view_weight: NonNegative = 0.0
+    """Weight of the contrast of two views of a picture against all other pictures, beside the log-ratio loss on all
+    levels; 0 leaves it out, as the article does. Of use where clusters are often wrong, as those of photographs are
+    (0.3); where they are right it drives apart what belongs together. With one view of each picture there is none."""
 
     view_sharpness: Positive = 10.0
     """How much more the nearest other pictures count in that contrast: the p of log(1 + sum (d_view / d_other)^p)."""
