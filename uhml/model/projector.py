@@ -31,7 +31,7 @@ class Projector(nn.Module):
     def __init__(self, num_features: int, curvature: float, clip_radius: float) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(num_features))
-        # Without a scale and shift of its own: their gradients are sums that come out otherwise by the number of threads.
+        # Without a scale and shift of its own, whose gradients are sums that differ by the number of threads.
         norm = nn.LayerNorm(num_features, elementwise_affine=False)
         self.hidden = nn.Sequential(nn.Linear(num_features, num_features), norm, nn.ReLU())
         self.head = HyperbolicHead(num_features, projected_dim(num_features), curvature, clip_radius)
