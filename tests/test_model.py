@@ -172,6 +172,24 @@ def test_start_norm_is_the_root_mean_square_norm_in_clip_radii(init, start_norm)
         torch.testing.assert_close(weight @ weight.T, torch.eye(4), rtol=0, atol=1e-5)
 
 
+def test_rounding_errors_of_another_lapack_do_not_reach_the_fitted_weights(monkeypatch):
+    features, weights = correlated(50, 12), []
+    features[:, [3, 7]] = 1.5  # never vary
+    exact = head_module.scipy.linalg.eigh
+    for noise in (0.0, 1e-15):
+
+        def noisy(covariance, noise=noise, **options):
+            variances, axes = exact(covariance, **options)
+            return variances, axes + noise * np.random.default_rng(0).standard_normal(axes.shape)
+
+        monkeypatch.setattr(head_module.scipy.linalg, "eigh", noisy)
+        head = HyperbolicHead(12, 5, 0.1, 2.3)
+        head.fit("whitened_pca", FeatureMoments.over_ranks(features), 1.0)
+        weights.append(head.linear.weight.detach().clone())
+    assert torch.equal(*weights)
+    assert not weights[0][:, [3, 7]].any()
+
+
 def test_whitening_more_axes_than_pictures_is_finite_and_than_features_is_refused():
     head = HyperbolicHead(10, 8, 0.1, 2.3)
     head.fit("whitened_pca", FeatureMoments.over_ranks(correlated(3, 10)), 1.0)

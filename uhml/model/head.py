@@ -161,4 +161,8 @@ def _whitening(moments: FeatureMoments, num_axes: int) -> Tensor:
             int(weights.count_nonzero()),
             num_axes,
         )
-    return (axes * signs * weights).T
+    fitted = (axes * signs * weights).T
+    # To the steps in which float32 tells numbers like the largest apart: what is finer, as all there is of a feature
+    # that never varies, is LAPACK's rounding, and another with another number of threads.
+    grid = 2.0 ** (torch.frexp(fitted.abs().max()).exponent.double() - 24)
+    return (fitted / grid).round() * grid
