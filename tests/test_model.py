@@ -106,7 +106,7 @@ def _moments(features):
 def _projected(features):
     torch.manual_seed(0)
     projector = Projector(features.shape[1], 0.1, 2.3)
-    projector.fit(features[distributed.share(len(features))], 2.0)
+    projector.fit(features[distributed.share(len(features))], features.mean(0), 2.0)
     return projector(features).detach()
 
 
@@ -202,7 +202,7 @@ def test_whitening_more_axes_than_pictures_is_finite_and_than_features_is_refuse
 def test_the_projector_is_a_normalised_hidden_layer_before_a_head_fitted_to_it():
     features = 5 + correlated(60, 12)
     projector = Projector(12, 0.1, 2.3)
-    projector.fit(features, 2.0)
+    projector.fit(features, features.mean(0), 2.0)
     linear, norm, _ = projector.hidden
     centred = (features - features.mean(0)).double() @ linear.weight.detach().double().T + linear.bias.double()
     standard = (centred - centred.mean(1, keepdim=True)) / (

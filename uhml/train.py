@@ -236,7 +236,7 @@ def start_head(model: Embedder, pictures: Pictures, config: Config) -> None:
     features = embed_share(model, pictures, config, "frozen features of train pictures", features=True)
     fit_head(model, features, config)
     if model.projector is not None:
-        model.projector.fit(features, config.model.start_norm)
+        model.projector.fit(features, model.head.mean, config.model.start_norm)
 
 
 def fit_head(model: Embedder, own_features: Tensor, config: Config) -> None:

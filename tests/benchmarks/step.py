@@ -55,7 +55,7 @@ def measure_step(config, repeats):
     for model in models:
         features = torch.randn(2048, model.backbone.num_features, generator=torch.Generator().manual_seed(0))
         model.head.fit("whitened_pca", FeatureMoments.over_ranks(features), config.model.start_norm)
-        model.projector.fit(features, config.model.start_norm)
+        model.projector.fit(features, model.head.mean, config.model.start_norm)
     state = TrainingState(models[0], splits, config)
     state.levels = nested_levels(len(splits.train))
     chosen = ClusterBatches(

@@ -31,7 +31,7 @@ class Projector(nn.Module):
     def __init__(self, num_features: int, curvature: float, clip_radius: float) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(num_features))
-        # Without a scale and shift of its own, whose gradients are sums that differ by the number of threads.
+        # Without a scale and shift of its own: the head behind it learns both.
         norm = nn.LayerNorm(num_features, elementwise_affine=False)
         self.hidden = nn.Sequential(nn.Linear(num_features, num_features), norm, nn.ReLU())
         self.head = HyperbolicHead(num_features, projected_dim(num_features), curvature, clip_radius)
@@ -46,13 +46,14 @@ class Projector(nn.Module):
         return self.hidden(features.float() - self.mean)
 
     @torch.no_grad()
-    def fit(self, own_features: Tensor, start_norm: float) -> None:
+    def fit(self, own_features: Tensor, mean: Tensor, start_norm: float) -> None:
         """Centre the features, and fit the head to the hidden layer. A collective.
 
         Args:
             own_features: ``[n, num_features]``, of this rank's training pictures.
+            mean: ``[num_features]``, of all ranks', as the head has it.
             start_norm: as :meth:`HyperbolicHead.fit` takes it.
         """
-        self.mean.copy_(FeatureMoments.over_ranks(own_features).mean)
+        self.mean.copy_(mean)
         moments = FeatureMoments.over_ranks(own_features, self.hidden_units)
         self.head.fit("whitened_pca", moments, start_norm)
