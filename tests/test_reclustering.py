@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import pickle
 
 import numpy as np
 import pytest
 import torch
+from in_place import InPlace
 from PIL import Image
 from ranks import run_ranks
 from timm.models import is_model, register_model
@@ -100,22 +100,6 @@ def test_features_are_seen_without_gradient_and_only_within():
     layer(torch.ones(1, 3))
     assert torch.equal(torch.cat(seen), torch.cat([first, second]))
     assert not torch.cat(seen).requires_grad
-
-
-class InPlace:
-    """A background that does its work in this process, when its result is asked for: no time, no process."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def start(self, work):
-        self.work = pickle.dumps(work)
-
-    def result(self):
-        return pickle.loads(self.work)()
 
 
 if not is_model("reclustering_net"):

@@ -3,13 +3,13 @@
 import dataclasses
 import os
 import pathlib
-import pickle
 import resource
 import signal
 import time
 from collections.abc import Callable
 
 import torch
+from in_place import InPlace
 
 import uhml.train
 from uhml import environment
@@ -250,22 +250,6 @@ class KillInSave:
         torch.save = half_then_whole
 
 
-class _InPlace:
-    """A background that does its work in this process, when its result is asked for."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def start(self, work):
-        self.work = pickle.dumps(work)
-
-    def result(self):
-        return pickle.loads(self.work)()
-
-
 @dataclasses.dataclass
 class ClusteringInPlace:
     """No process in the background, which takes seconds to start; and another fault."""
@@ -273,7 +257,7 @@ class ClusteringInPlace:
     other: Callable[[], None] | None = None
 
     def __call__(self):
-        uhml.train.Background = _InPlace
+        uhml.train.Background = InPlace
         if self.other is not None:
             self.other()
 

@@ -156,7 +156,7 @@ def _whitening(moments: FeatureMoments, num_axes: int) -> Tensor:
     weights = torch.where(variances > 1e-6 * variances[0], (variances / variances[0]).pow(-0.25), 0.0)
     if not weights.all():
         logger.warning(
-            "The %d training pictures differ along %d axes only, not model.embedding_dim=%d; the others start at 0.",
+            "The %d training pictures differ along %d axes only, and the ball has %d; the others start at 0.",
             moments.num_pictures,
             int(weights.count_nonzero()),
             num_axes,
