@@ -181,7 +181,17 @@ def test_a_run_is_the_one_made_by_hand(small, tmp_path, monkeypatch, one_thread,
         monkeypatch.setattr(uhml.train, "Background", background)
     config = with_hierarchy(small, features=features, overlap_steps=overlap)
     monkeypatch.setattr(uhml.train, "project", lambda *_: None)
+    passes = []
+
+    def embed_share(*arguments, **options):
+        passes.append(arguments)
+        return true_embed_share(*arguments, **options)
+
+    true_embed_share = uhml.train.embed_share
+    monkeypatch.setattr(uhml.train, "embed_share", embed_share)
     train(config, tmp_path / "run")
+    # At steps 0, 3, 6 and 9; the head is fitted to those of the first.
+    assert len(passes) == (2 if features == "bank" else 4)
     with torch.jit.optimized_execution(False):
         expected, weights = run_by_hand(small, overlap, features == "bank")
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-6)

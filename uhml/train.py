@@ -88,7 +88,7 @@ def train(config: Config, run_dir: Path, overwrite: bool = False, allow_change: 
                 try:
                     if saved is None:
                         run.status.phase("embed")
-                        start_head(state.model, splits.train, config)
+                        state.features = start_head(state.model, splits.train, config)
                     else:
                         state.load(saved)
                         logger.info("Going on after step %d of %d.", state.step, config.train.num_steps)
@@ -227,16 +227,21 @@ def compile_backbone(model: Embedder, config: Config) -> None:
     distributed.on_every_rank(lambda: model.compile_backbone(images))
 
 
-def start_head(model: Embedder, pictures: Pictures, config: Config) -> None:
-    """Fit the head to the frozen features of the training pictures, or take a trained network's weights."""
+def start_head(model: Embedder, pictures: Pictures, config: Config) -> Tensor | None:
+    """Fit the head to the frozen features of the training pictures, or take a trained network's weights.
+
+    Returns:
+        ``[n, num_features]``, the features of this rank's share, if they were needed.
+    """
     if config.model.init_from is not None:
         source = config.model.init_from
         distributed.on_every_rank(lambda: load_weights(model, source))
-        return
+        return None
     features = embed_share(model, pictures, config, "frozen features of train pictures", features=True)
     fit_head(model, features, config)
     if model.projector is not None:
         model.projector.fit(features, model.head.mean, config.model.start_norm)
+    return features
 
 
 def fit_head(model: Embedder, own_features: Tensor, config: Config) -> None:
@@ -265,7 +270,9 @@ def embed_to_cluster(
     """Embed this rank's share of the training pictures anew, or take what their last batches made of them."""
     run.status.phase("embed")
     if state.bank is None:
-        features = embed_share(state.model, pictures, config, "embed train pictures", features=True)
+        features, state.features = state.features, None
+        if features is None:
+            features = embed_share(state.model, pictures, config, "embed train pictures", features=True)
         state.bank = FeatureBank(features) if config.hierarchy.features == "bank" else None
     else:
         features = state.bank.own.float()

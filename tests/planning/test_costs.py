@@ -109,9 +109,9 @@ def test_bank_and_pending_clustering_are_counted_in_checkpoint_and_memory_and_sa
         disk=1e12, record=1, shown=0,
     )  # fmt: skip
     waiting, overlapped = (costs.seconds(c, sizes, ONE, network, speed) for c in (config, both))
-    # Ten clusterings and one more; of both, the frozen features are embedded before.
-    assert waiting.embedding == pytest.approx(12 * 2.4)
-    assert overlapped.embedding == pytest.approx(3 * 2.4)
+    # Ten clusterings and one more.
+    assert waiting.embedding == pytest.approx(11 * 2.4)
+    assert overlapped.embedding == pytest.approx(2 * 2.4)
     linked = 0.01 * round((24 * 5) ** costs.LINKAGE_GROWTH)
     assert waiting.linkage == pytest.approx(11 * linked)
     # A step takes 0.16 s.

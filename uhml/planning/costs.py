@@ -222,9 +222,8 @@ def seconds(config: Config, sizes: Sizes, ranks: Ranks, network: Network, speed:
     """Return what a run takes."""
     n, options = sizes.train, config.hierarchy
     hierarchies, evaluations = num_hierarchies(config), num_evaluations(config) if sizes.test else 0
-    first_fit = int(config.model.init_from is None)
     # With a bank of features only the first clustering and the last pass through the pictures.
-    passes = first_fit + (min(2, hierarchies) if options.features == "bank" else hierarchies)
+    passes = min(2, hierarchies) if options.features == "bank" else hierarchies
     embedding = passes * (n / ranks.nodes * speed.picture + speed.start)
     checkpoint, tree = disk(config, sizes, network)
     written = num_checkpoints(config) * checkpoint + hierarchies * tree
@@ -280,7 +279,9 @@ def memory(config: Config, sizes: Sizes, ranks: Ranks, network: Network, *, rank
     embedding = own * width * FLOAT + forward
     clustering = max(features, own * width * FLOAT + own * d * FLOAT + _clustering(config, n, own, rank))
     scored = sizes.scored * width
-    evaluation = max(
+    # The first one holds the training pictures' features as well, for the first clustering.
+    held = own * width * FLOAT if config.model.init_from is None else 0
+    evaluation = held + max(
         sizes.test * width * FLOAT + forward,
         # Rows, their points and their lift in float64; then a block of gaps with its keys, sorted and not.
         scored * (FLOAT + 3 * DOUBLE) + 6 * min(BLOCK_BYTES, sizes.test * (sizes.gallery or sizes.test) * DOUBLE),

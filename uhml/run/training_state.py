@@ -62,6 +62,8 @@ class TrainingState:
         levels: ``[K, n]`` int32 on the model's device, what the steps learn from; None before the first clustering.
         tree: what the levels are cut from, on rank 0.
         pending: the clustering whose levels come next, while it is going on.
+        features: the untrained backbone's, of this rank's share, for the first clustering; None after it, and where a
+            run goes on before it, which makes them again.
         bank: the training pictures' features, see ``hierarchy.features``; None without, and before they are known.
         best: the greatest score on validation classes so far, see :func:`uhml.train.score_now`.
         before: scores before the first step; None until they are known, and where there is nothing to score.
@@ -77,6 +79,7 @@ class TrainingState:
         self.levels: Tensor | None = None
         self.tree: Dendrogram | None = None
         self.pending: Pending | None = None
+        self.features: Tensor | None = None
         self.bank: FeatureBank | None = None
         self.best = 0.0
         self.before: dict[str, Scores] | None = None
