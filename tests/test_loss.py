@@ -228,7 +228,7 @@ def test_blocks_are_each_row_once_and_no_larger_than_asked(monkeypatch):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 8), st.floats(0.5, 20), seeds)
-def test_contrast_of_views_is_the_cross_entropy_of_the_other_view_against_pictures_that_no_cut_joins(num_pictures, sharpness, seed):
+def test_contrast_of_views_is_cross_entropy_against_pictures_that_no_cut_joins(num_pictures, sharpness, seed):
     random = np.random.default_rng(seed)
     pictures = torch.from_numpy(random.permutation(np.repeat(np.arange(num_pictures), 2)))
     distances = torch.from_numpy(random.uniform(0.01, 4, (len(pictures), len(pictures))))

@@ -16,7 +16,8 @@ def problems(draw):
     levels = nested(n, sizes, random)
     pictures_per_cluster = draw(st.integers(1, min(n, 6)))
     num_clusters = draw(st.integers(1, n // pictures_per_cluster))
-    return levels, num_clusters, pictures_per_cluster, draw(st.integers(0, 1000)), draw(st.integers(0, 1000))
+    seed, step, together = (draw(st.integers(1, most)) for most in (1000, 1000, 4))
+    return levels, num_clusters, pictures_per_cluster, seed, step, together
 
 
 def nested(n, sizes, random):
@@ -39,8 +40,8 @@ def enclosing(levels, picture):
 @settings(max_examples=150, deadline=None)
 @given(problems())
 def test_a_batch_is_p_times_m_different_pictures(problem):
-    levels, p, m, seed, step = problem
-    batch = ClusterBatches(levels, p, m, seed)(step)
+    levels, p, m, seed, step, together = problem
+    batch = ClusterBatches(levels, p, m, seed, together)(step)
     assert batch.shape == (p * m,)
     assert len(set(batch.tolist())) == p * m
     assert set(batch.tolist()) <= set(range(levels.shape[1]))
@@ -49,8 +50,8 @@ def test_a_batch_is_p_times_m_different_pictures(problem):
 @settings(max_examples=150, deadline=None)
 @given(problems())
 def test_each_cluster_is_filled_from_its_nearest_relatives(problem):
-    levels, p, m, seed, step = problem
-    batch = ClusterBatches(levels, p, m, seed)(step).tolist()
+    levels, p, m, seed, step, together = problem
+    batch = ClusterBatches(levels, p, m, seed, together)(step).tolist()
     finest = [set(np.flatnonzero(levels[0] == name).tolist()) for name in np.unique(levels[0])]
 
     def explains(cluster, part, taken):
@@ -74,11 +75,11 @@ def test_each_cluster_is_filled_from_its_nearest_relatives(problem):
 @settings(max_examples=50, deadline=None)
 @given(problems())
 def test_a_batch_is_a_pure_function_of_seed_and_step(problem):
-    levels, p, m, seed, step = problem
-    batches = ClusterBatches(levels, p, m, seed)
+    levels, p, m, seed, step, together = problem
+    batches = ClusterBatches(levels, p, m, seed, together)
     batches(step + 1), batches(step + 2)
     np.random.seed(3)
-    np.testing.assert_array_equal(batches(step), ClusterBatches(levels.copy(), p, m, seed)(step))
+    np.testing.assert_array_equal(batches(step), ClusterBatches(levels.copy(), p, m, seed, together)(step))
 
 
 def test_seed_and_step_each_make_another_batch():
@@ -127,6 +128,41 @@ def test_pictures_come_about_equally_often_whatever_the_size_of_their_cluster():
     # Within a cluster no place is special.
     largest = drawn[levels[0] == sizes.argmax()]
     np.testing.assert_allclose(largest, largest.mean(), rtol=0.5)
+
+
+def test_clusters_of_a_batch_come_with_relatives_as_far_as_there_are_any():
+    # Coarse clusters of 1, 2, 3, ... 12 fine ones, of two pictures each but for one of one picture.
+    coarse = np.repeat(np.arange(12), np.arange(1, 13))
+    finest = np.repeat(np.arange(len(coarse)), 2)[1:]
+    levels = np.stack([finest, coarse[finest]]).astype(np.int32)
+    drawn = np.zeros(len(coarse))
+    for step in range(3000):
+        batch = ClusterBatches(levels, 24, 2, 0, 4)(step)
+        clusters = levels[0][batch].reshape(24, 2)
+        assert (clusters == clusters[:, :1]).all()
+        clusters = clusters[:, 0]
+        assert len(set(clusters.tolist())) == 24
+        # A coarse cluster brings four, or all that it has, but for the last.
+        families, counts = np.unique(coarse[clusters], return_counts=True)
+        whole = families != coarse[clusters[-1]]
+        assert (counts >= np.minimum(4, families + 1))[whole].all()
+        drawn[clusters] += 1
+    assert drawn[0] == 0
+    # About equally often, with relatives or without; 24 of 77 at once even out what is left.
+    np.testing.assert_allclose(drawn[1:], 3000 * 24 / (len(coarse) - 1), rtol=0.35)
+
+
+def test_clusters_that_are_drawn_by_themselves_hardly_share_a_level():
+    levels = nested(4000, [1500, 200], np.random.default_rng(0))
+
+    def pairs_between(together):
+        pairs = 0
+        for step in range(20):
+            finest, coarse = levels[:, ClusterBatches(levels, 24, 2, 0, together)(step)]
+            pairs += ((coarse[:, None] == coarse) & (finest[:, None] != finest)).sum()
+        return pairs
+
+    assert pairs_between(4) > 2 * pairs_between(1)
 
 
 def test_too_few_pictures_are_refused():

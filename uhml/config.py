@@ -203,6 +203,10 @@ class MiningConfig:
     """M: pictures of one finest-level cluster in a batch. The number of clusters P follows from
     train.global_batch_size = P x M x mining.num_views."""
 
+    clusters_together: Count = 1
+    """Clusters of the finest level that are drawn together from one cluster of the coarsest, if it has as many. With 1
+    each is drawn by itself, and hardly any pair of a batch is on the levels between."""
+
     num_views: Annotated[int, Field(ge=1, le=2, strict=True)] = 2
     """Augmented views of each picture in a batch, 1 or 2. Two views of one picture form a level of their own, the
     finest."""

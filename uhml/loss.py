@@ -95,7 +95,7 @@ class HierarchicalLogRatioLoss(nn.Module):
 
 
 class ViewContrast(nn.Module):
-    """``C(i, v) = log( 1 + sum_l (d_iv / d_il)^p )`` for two views i, v of a picture, over pictures l that no cut joins i to.
+    """``C(i, v) = log( 1 + sum_l (d_iv / d_il)^p )`` for views i, v of a picture, over those l that no cut joins to it.
 
     It is p times the soft maximum of the log-ratios, so that the nearest others weigh most, where the log-ratio loss
     asks all alike. That two views are one picture is known, which no cluster is; and where the clusters are right, the

@@ -14,17 +14,28 @@ class ClusterBatches:
     its nearest relatives in the tree: first from the cluster that holds it on the next level, then the next, at last
     from all pictures. No picture is in a batch twice.
 
+    Of clusters drawn one by one hardly two are related in a large tree: their pairs are on the lowest level, and the
+    levels between teach little. So they may be drawn some at a time from one cluster of the coarsest level.
+
     Args:
         levels: ``[K, n]``, int32, nested clusters, finest level first.
         num_clusters: P.
         pictures_per_cluster: M.
         seed: of the run.
+        clusters_together: how many of them come from one cluster of the coarsest level, if it has as many.
 
     Raises:
         UserError: a batch needs more pictures than there are.
     """
 
-    def __init__(self, levels: NDArray[np.int32], num_clusters: int, pictures_per_cluster: int, seed: int) -> None:
+    def __init__(
+        self,
+        levels: NDArray[np.int32],
+        num_clusters: int,
+        pictures_per_cluster: int,
+        seed: int,
+        clusters_together: int = 1,
+    ) -> None:
         num_pictures = levels.shape[1]
         if num_clusters * pictures_per_cluster > num_pictures:
             raise UserError(
@@ -32,6 +43,7 @@ class ClusterBatches:
                 f"{num_pictures} training pictures: lower train.global_batch_size."
             )
         self.num_clusters, self.pictures_per_cluster, self.seed = num_clusters, pictures_per_cluster, seed
+        self.clusters_together = clusters_together
         # In this order every cluster of every level is one run of pictures, since the levels are nested.
         self.order = np.lexsort(levels)
         finest = levels[0][self.order]
@@ -44,10 +56,18 @@ class ClusterBatches:
             bounds = np.r_[np.flatnonzero(np.r_[True, coarse[1:] != coarse[:-1]]), num_pictures]
             at = np.searchsorted(bounds, starts, side="right")
             self.runs.append(np.stack([bounds[at - 1], bounds[at]]))
+        # Of the finest clusters, those in one cluster of the coarsest level are a run, too: [2, finest clusters].
+        _, first, family, count = np.unique(
+            self.runs[-1][0], return_index=True, return_inverse=True, return_counts=True
+        )
+        self.families = np.stack([first, first + count])[:, family]
         self.runs.append(np.stack([np.zeros_like(starts), np.full_like(starts, num_pictures)]))
         sizes = self.runs[0][1] - self.runs[0][0]
-        weights = np.where(sizes > 1, sizes, 0) if (sizes > 1).sum() >= num_clusters else sizes
-        self.probability = weights / weights.sum()
+        self.weights = np.where(sizes > 1, sizes, 0) if (sizes > 1).sum() >= num_clusters else sizes
+        # One that brings relatives is drawn so much the less often itself.
+        together = np.minimum(np.add.reduceat(self.weights > 0, first, dtype=int), clusters_together)[family]
+        chances = self.weights / np.maximum(together, 1)
+        self.probability = chances / chances.sum()
 
     def __call__(self, step: int) -> NDArray[np.int64]:
         """Return the batch of a step: ``[P * M]`` indices of pictures, cluster by cluster."""
@@ -55,6 +75,8 @@ class ClusterBatches:
         # With fewer clusters than P, some of them come twice.
         twice = bool(np.count_nonzero(self.probability) < self.num_clusters)
         clusters = random.choice(len(self.probability), self.num_clusters, replace=twice, p=self.probability)
+        if self.clusters_together > 1 and not twice:
+            clusters = self._with_relatives(random, clusters)
         taken: set[int] = set()
         batch: list[int] = []
         for cluster in clusters:
@@ -67,6 +89,20 @@ class ClusterBatches:
                 if not wanted:
                     break
         return self.order[batch]
+
+    def _with_relatives(self, random: np.random.Generator, clusters: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Put relatives behind each of the clusters, in proportion to their size; the last ones drawn give way."""
+        chosen: list[int] = []
+        for cluster in clusters:
+            if cluster in chosen:
+                continue
+            start, end = self.families[:, cluster]
+            others = np.setdiff1d(start + np.flatnonzero(self.weights[start:end]), [cluster, *chosen])
+            chosen.append(cluster)
+            if number := min(self.clusters_together - 1, len(others)):
+                weights = self.weights[others]
+                chosen += random.choice(others, number, replace=False, p=weights / weights.sum()).tolist()
+        return np.array(chosen[: self.num_clusters])
 
     def _draw(self, random: np.random.Generator, start: int, end: int) -> NDArray[np.int64]:
         """Draw different rows of a run, enough that M of them are free whatever is taken; all of a short run."""

@@ -46,8 +46,10 @@ def grow_hierarchy(
 
 def clusters_to_learn(levels: Tensor, config: Config) -> ClusterBatches:
     """Return the batch of each step, as indices of pictures."""
-    per_cluster, seed = config.mining.pictures_per_cluster, config.train.seed
-    return ClusterBatches(levels.cpu().numpy(), config.clusters_per_batch, per_cluster, seed)
+    options, seed = config.mining, config.train.seed
+    return ClusterBatches(
+        levels.cpu().numpy(), config.clusters_per_batch, options.pictures_per_cluster, seed, options.clusters_together
+    )
 
 
 def linkage_options(config: Config) -> dict[str, Any]:
