@@ -221,9 +221,10 @@ class LossConfig:
     distance. Nearer 1 is gentler."""
 
     view_weight: NonNegative = 0.0
-    """Weight of the contrast of two views of a picture against all other pictures, beside the log-ratio loss on all
-    levels; 0 leaves it out, as the article does. Of use where clusters are often wrong, as those of photographs are
-    (0.3); where they are right it drives apart what belongs together. With one view of each picture there is none."""
+    """Weight of the contrast of two views of a picture against pictures of other finest clusters, beside the log-ratio
+    loss on all levels; 0 leaves it out, as the article does. Of use where clusters are often wrong, as those of
+    photographs are (0.3); where they are right it drives apart what belongs together. With one view of each picture
+    there is none."""
 
     view_sharpness: Positive = 10.0
     """How much more the nearest other pictures count in that contrast: the p of log(1 + sum (d_view / d_other)^p)."""

@@ -95,12 +95,12 @@ class HierarchicalLogRatioLoss(nn.Module):
 
 
 class ViewContrast(nn.Module):
-    """``C(i, v) = log( 1 + sum_l (d_iv / d_il)^p )`` for views i, v of a picture, over those l that no cut joins to it.
+    """``C(i, v) = log( 1 + sum_l (d_iv / d_il)^p )`` for views i, v of a picture, over the l of other finest clusters.
 
     It is p times the soft maximum of the log-ratios, so that the nearest others weigh most, where the log-ratio loss
-    asks all alike. That two views are one picture is known, which no cluster is; and where the clusters are right, the
-    pictures left out are those that it would wrongly drive apart. With all pictures it would be the loss of SimCLR
-    (Chen et al., ICML 2020, eq. 1) with ``-log d`` for the similarity and 1/p for the temperature.
+    asks all alike. That two views are one picture is known, which no cluster is; where the finest clusters are right,
+    the pictures left out are those that it would wrongly drive apart. With all other pictures it would be the loss of
+    SimCLR (Chen et al., ICML 2020, eq. 1) with ``-log d`` for the similarity and 1/p for the temperature.
 
     Args:
         sharpness: p > 0.
@@ -114,7 +114,8 @@ class ViewContrast(nn.Module):
     def forward(self, distances: Tensor, similarity: Tensor, is_self: Tensor) -> Tensor:
         """Sum the contrast over anchors, each with the mean over its picture's other views; arguments as above."""
         logits = -self.sharpness * distances.clamp_min(DISTANCE_FLOOR).log()
-        nearest_others = logits.masked_fill(similarity > 0, -math.inf).logsumexp(1, keepdim=True)
+        of_cluster = similarity >= self.view_level - 1
+        nearest_others = logits.masked_fill(of_cluster, -math.inf).logsumexp(1, keepdim=True)
         views = (similarity == self.view_level) & ~is_self
         contrast = torch.where(views, nn.functional.softplus(nearest_others - logits), 0)
         return (contrast.sum(1) / views.sum(1).clamp_min(1)).sum()
