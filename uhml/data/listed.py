@@ -64,8 +64,8 @@ def read_list(file: Path) -> dict[str, list[str]]:
         columns = _read_csv(file)
     else:
         columns = {"path": [line.strip() for line in read_lines(file) if line.strip()]}
-    folder = "" if file.parent == Path() else str(file.parent)
-    columns["path"] = [os.path.join(folder, path) for path in columns["path"]]
+    start = "" if file.parent == Path() else os.path.join(file.parent, "")
+    columns["path"] = [path if path.startswith(os.sep) else start + path for path in columns["path"]]
     if not columns["path"]:
         raise UserError(f"{file} lists no pictures.")
     check_exist(columns["path"], file)
