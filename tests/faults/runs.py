@@ -141,11 +141,15 @@ def run(run_dir, config, world_size=1, overrides=(), fault=None):
     return launch.wait(), launch.said
 
 
+def recorded(run_dir):
+    """The lines of metrics.jsonl."""
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def logged(run_dir):
     """The last step whose loss is in metrics.jsonl."""
-    path = run_dir / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return max((line["step"] for line in lines if line["kind"] == "train"), default=0)
+    return max((line["step"] for line in recorded(run_dir) if line["kind"] == "train"), default=0)
 
 
 def checkpoints(run_dir):

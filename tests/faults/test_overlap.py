@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 from injected import ClusteringInPlace, KilledBackground, KillSelf, Signal, SignalIn
-from runs import assert_same, checkpoints, run
+from runs import assert_same, checkpoints, recorded, run
 
 from uhml.run.status import read_status
 
@@ -47,6 +47,21 @@ def test_interrupted_while_a_clustering_is_pending(config, overlapped, tmp_path,
     codes, said = run(run_dir, config, world_size, OVERRIDES, fault=ClusteringInPlace())
     assert codes == [0] * world_size, said
     assert_same(run_dir, overlapped[world_size])
+
+
+def test_a_bank_filled_by_micro_batches_of_two_ranks_is_that_of_whole_batches_of_one(config, tmp_path):
+    # Without dropout, whose random numbers are each rank's own.
+    overrides = [*OVERRIDES, "model.backbone=test_efficientnet.r160_in1k", "optim.learning_rate=0.0001"]
+    for world_size, micro_batch_size in ((1, "null"), (2, "3")):
+        command = [*overrides, f"train.micro_batch_size={micro_batch_size}"]
+        codes, said = run(tmp_path / str(world_size), config, world_size, command, fault=ClusteringInPlace())
+        assert codes == [0] * world_size, said
+    one, two = ([line for line in recorded(tmp_path / name) if line["kind"] == "train"] for name in "12")
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-3)
+    banks = [torch.load(tmp_path / name / "checkpoints" / "step-00000010.pt", weights_only=True)["bank"] for name in "12"]
+    torch.testing.assert_close(*banks, rtol=2e-2, atol=2e-2)
+    one, two = ([line for line in recorded(tmp_path / name) if line["kind"] == "hierarchy"] for name in "12")
+    assert two == one
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
