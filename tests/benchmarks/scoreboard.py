@@ -25,6 +25,7 @@ ARTICLE = [
     "model.start_norm=10",
     "mining.num_views=1",
     "mining.pictures_per_cluster=8",
+    "mining.clusters_together=1",
     "hierarchy.cut_by=counts",
     "loss.omega=0.794",
     "loss.view_weight=0",
