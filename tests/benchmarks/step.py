@@ -32,7 +32,7 @@ from uhml.data.loading import training_batches
 from uhml.data.transforms import training_transform
 from uhml.data.verify import list_pictures
 from uhml.environment import keep_freed_memory
-from uhml.loss import Batch, HierarchicalLogRatioLoss, global_loss
+from uhml.loss import Batch, HierarchicalLogRatioLoss, HierarchicalLoss, global_loss
 from uhml.mining import ClusterBatches
 from uhml.model import FeatureMoments
 from uhml.run.training_state import TrainingState
@@ -64,7 +64,7 @@ def measure_step(config, repeats):
     transform = training_transform(config.data, models[0].backbone.mean, models[0].backbone.std)
     views = config.mining.num_views
     batches = list(training_batches(splits.train, transform, chosen, range(4), num_views=views, seed=0, num_workers=0))
-    loss_function = HierarchicalLogRatioLoss(config.loss.omega, 4)
+    loss_function = HierarchicalLoss(config.loss, len(state.levels), views)
     backbone = models[1].backbone.train()
     optimizer = torch.optim.AdamW(backbone.parameters(), config.optim.learning_rate, fused=True)
 
