@@ -81,12 +81,13 @@ def main():
     parser.add_argument("overrides", nargs="*", help="keys of it")
     parser.add_argument("--out", type=Path, required=True, help="a folder")
     parser.add_argument("--seeds", default="0,1,2", help="of the runs of each variant")
+    parser.add_argument("--features", default="fresh,bank", help="to compare (default: %(default)s)")
     parser.add_argument("--overlap-steps", type=int, help="of the overlapped runs; by default half of the interval")
     args = parser.parse_intermixed_args()
     args.out.mkdir(parents=True, exist_ok=True)
     base = load_config(args.config, args.overrides)
     overlap = args.overlap_steps or base.hierarchy.recluster_every // 2
-    variants = [(features, steps) for features in ("fresh", "bank") for steps in (0, overlap)]
+    variants = [(features, steps) for features in args.features.split(",") for steps in (0, overlap)]
     found = {f"{features}, {f'overlap {steps}' if steps else 'waiting'}": [] for features, steps in variants}
     for seed in map(int, args.seeds.split(",")):
         for name, (features, steps) in zip(found, variants, strict=True):
