@@ -118,9 +118,7 @@ def average_linkage_over_ranks(
         UserError: on every rank, if an option or a row on any rank is not usable, or memory does not suffice.
     """
     space = _check(mode, geometry, curvature, num_neighbors, min_recall)
-    _check_not_empty(num_points)
-    own = distributed.share(num_points)
-    own_points = distributed.on_every_rank(lambda: space.points(_precise(own_embeddings, mode), own))
+    own, own_points = _own_points(own_embeddings, num_points, space, mode)
     device = own_points.device
     if mode != "graph":
         points = distributed.all_gather_shares(own_points, num_points)
@@ -186,9 +184,7 @@ def merging_over_ranks(
     Arguments and errors as there.
     """
     space = _check(mode, geometry, curvature, num_neighbors, min_recall)
-    _check_not_empty(num_points)
-    own = distributed.share(num_points)
-    own_points = distributed.on_every_rank(lambda: space.points(_precise(own_embeddings, mode), own))
+    _, own_points = _own_points(own_embeddings, num_points, space, mode)
     graph = None
     if mode == "graph":
         recall = _recall(num_points, exact_search_up_to, min_recall)
@@ -196,6 +192,13 @@ def merging_over_ranks(
         graph = tuple(tensor.cpu() for tensor in found) if distributed.is_main() else None
     points = distributed.gather_shares_on_main(own_points, num_points)
     return None if points is None else Merging(points, space, mode, graph)
+
+
+def _own_points(own_embeddings: Tensor, num_points: int, space: Geometry, mode: str) -> tuple[range, Tensor]:
+    """Return the numbers of this rank's rows, and its points. A collective, so that all refuse what one does."""
+    _check_not_empty(num_points)
+    own = distributed.share(num_points)
+    return own, distributed.on_every_rank(lambda: space.points(_precise(own_embeddings, mode), own))
 
 
 def _neighbors_over_ranks(
