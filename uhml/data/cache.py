@@ -47,6 +47,8 @@ PER_FILE = 256
 MAX_OPEN = 128
 SAMPLED = 64
 SUFFIX = ".pixels"
+TABLE_ROW = 24
+"""Bytes of a picture's place in a file: three numbers of int64."""
 
 SECONDS_UNTIL_ABANDONED = 3600
 """A file that nothing was written to for so long is no longer being written."""
@@ -81,7 +83,8 @@ class Cached(NamedTuple):
 
     def absent(self) -> NDArray[np.int64]:
         """Return which of the pictures could not be decoded."""
-        tables = [_table(np.memmap(file, mode="r")) for file in self.files]
+        # Read, not mapped, which takes ten times as long for so little.
+        tables = [_table(np.fromfile(file, np.uint8, TABLE_ROW * PER_FILE)) for file in self.files]
         heights = np.concatenate([table[:, 1] for table in tables]) if tables else np.empty(0, np.int64)
         return np.flatnonzero(heights[self.rows] == 0)
 
@@ -242,7 +245,7 @@ def _is_whole(file: Path, num_pictures: int) -> bool:
     """Return whether a file is there. Its length is looked at, should something else have cut it off."""
     try:
         with file.open("rb") as opened:
-            table = np.frombuffer(opened.read(24 * num_pictures), np.int64)
+            table = np.frombuffer(opened.read(TABLE_ROW * num_pictures), np.int64)
             if len(table) < 3 * num_pictures or table[0] != table.nbytes:
                 return False
             start, height, width = table[-3:].tolist()
