@@ -30,6 +30,12 @@ def test_csv_of_paths(listing):
     assert splits.test is None
 
 
+def test_csv_with_an_end_of_line_in_a_quoted_path(listing, tmp_path, draw):
+    draw(tmp_path, "p/two\nlines.png")
+    splits = load_splits("list", listing('path\r\n"p/two\nlines.png"\r\np/b.png\r\n'))
+    assert splits.train.paths == (str(tmp_path / "p/two\nlines.png"), str(tmp_path / "p/b.png"))
+
+
 def test_csv_with_labels(listing):
     splits = load_splits(
         "list",

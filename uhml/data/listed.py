@@ -74,7 +74,8 @@ def read_list(file: Path) -> dict[str, list[str]]:
 
 def _read_csv(file: Path) -> dict[str, list[str]]:
     """Return the columns of ``COLUMNS`` that ``file`` has."""
-    reader = csv.reader(read_lines(file))
+    # With the ends of the lines: a quoted path may have some in it.
+    reader = csv.reader(f"{line}\n" for line in read_lines(file))
     header = next(reader, [])
     if "path" not in header:
         raise UserError(
