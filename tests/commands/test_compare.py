@@ -96,11 +96,28 @@ def test_a_run_as_uhml_leaves_it(finished_run, tmp_path, capsys):
     assert (tmp_path / "c.svg").read_text().count("<path") > 10
 
 
-def test_the_same_run_twice_over(runs, capsys):
+def test_the_same_run_twice_over_is_no_second_seed(runs, capsys):
     folder, _ = runs
     shutil.copytree(folder / "s0", folder / "again")
-    assert compare(folder / "s0", folder / "again") == 0
-    assert "70.0 ± 0.0" in capsys.readouterr().out
+    names = [str(folder / name) for name in ("s0", "again", "s1")]
+    assert compare(*names, "--json") == 0
+    groups = json.loads(capsys.readouterr().out)["groups"]
+    assert [group["runs"] for group in groups] == [[names[0], names[2]], [names[1]]]
+    assert compare(*names[:2]) == 0
+    said = capsys.readouterr().out
+    assert "70.0" in said
+    assert "mean of" not in said
+
+
+def test_runs_on_other_pictures_are_no_seeds_of_one_setting(runs, capsys):
+    folder, _ = runs
+    shutil.copytree(folder / "s1", folder / "elsewhere")
+    config = (folder / "elsewhere" / "config.yaml").read_text()
+    (folder / "elsewhere" / "config.yaml").write_text(re.sub("root: .*", "root: elsewhere", config))
+    assert compare(folder / "s0", folder / "elsewhere") == 0
+    said = capsys.readouterr().out
+    assert "data.root=elsewhere" in said
+    assert "mean of" not in said
 
 
 def test_a_run_without_labels(tmp_path, tiny_config, capsys):

@@ -1,5 +1,6 @@
 """What runs have left about themselves, read back to be put side by side."""
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -17,6 +18,8 @@ from uhml.errors import UserError, did_you_mean
 from uhml.run.status import read_status
 
 SEED = "train.seed"
+# Free to change, for a data set may be moved while a run is interrupted; in two runs it is likely another data set.
+ROOT = "data.root"
 
 Scored = Literal["frozen", "start", "trained"]
 """What of a run has scores: see :class:`RunRecord`."""
@@ -96,11 +99,17 @@ def differing_settings(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def groups_of_seeds(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
-    """Put together the runs that differ in nothing but ``train.seed``, in the order of the first of each."""
-    groups: dict[str, list[RunRecord]] = {}
+    """Put together the runs that differ in ``train.seed`` and nothing else, in the order of the first of each.
+
+    The same seed once more tells nothing of the spread over seeds: it begins a group of its own.
+    """
+    groups: dict[tuple[str, int], list[RunRecord]] = {}
+    times: collections.Counter[str] = collections.Counter()
     for run in runs:
         others = {key: value for key, value in run.settings.items() if key != SEED}
-        groups.setdefault(json.dumps(others, sort_keys=True), []).append(run)
+        settings = json.dumps(run.settings, sort_keys=True)
+        groups.setdefault((json.dumps(others, sort_keys=True), times[settings]), []).append(run)
+        times[settings] += 1
     return list(groups.values())
 
 
@@ -129,7 +138,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(sections, dict) or not all(isinstance(keys, dict) for keys in sections.values()):
         raise UserError(f"{path} is no config of a run.")
     settings = {f"{section!s}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    return {key: value for key, value in settings.items() if key not in FREE_TO_CHANGE}
+    return {key: value for key, value in settings.items() if key not in FREE_TO_CHANGE or key == ROOT}
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
