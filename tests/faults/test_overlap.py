@@ -2,6 +2,7 @@
 
 import signal
 
+import numpy as np
 import pytest
 import torch
 from injected import ClusteringInPlace, KilledBackground, KillSelf, Signal, SignalIn
@@ -47,6 +48,28 @@ def test_interrupted_while_a_clustering_is_pending(config, overlapped, tmp_path,
     codes, said = run(run_dir, config, world_size, OVERRIDES, fault=ClusteringInPlace())
     assert codes == [0] * world_size, said
     assert_same(run_dir, overlapped[world_size])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_killed_in_the_first_clustering(config, overlapped, tmp_path, world_size):
+    # The checkpoint before it has the bank that it is of, which is rounded.
+    run_dir = tmp_path / "run"
+    killed = ClusteringInPlace(SignalIn("average_linkage_over_ranks", signal.SIGKILL))
+    codes, said = run(run_dir, config, world_size, OVERRIDES, fault=killed)
+    assert codes[0] == -signal.SIGKILL, said
+    saved = torch.load(run_dir / "checkpoints" / "step-00000000.pt", weights_only=True)
+    assert saved["levels"] is None
+    assert saved["bank"].dtype == torch.float16
+    embedded = SignalIn("fit_head", signal.SIGKILL)
+    codes, said = run(run_dir, config, world_size, OVERRIDES, fault=ClusteringInPlace(embedded))
+    assert codes[0] == -signal.SIGKILL, said
+    codes, said = run(run_dir, config, world_size, OVERRIDES, fault=ClusteringInPlace())
+    assert codes == [0] * world_size, said
+    assert_same(run_dir, overlapped[world_size])
+    trees = [np.load(path / "hierarchies" / "step-00000000.npz") for path in (run_dir, overlapped[world_size])]
+    assert set(trees[0]) == set(trees[1])
+    for name in trees[0]:
+        np.testing.assert_array_equal(trees[0][name], trees[1][name])
 
 
 def test_a_bank_filled_by_micro_batches_of_two_ranks_is_that_of_whole_batches_of_one(config, tmp_path):
