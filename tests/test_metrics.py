@@ -79,6 +79,26 @@ def test_retrieval_is_brute_force_with_duplicates_and_classes_of_one(n, num_clas
     np.testing.assert_allclose(precision.numpy(), expected_precision, rtol=1e-12)
 
 
+@pytest.mark.parametrize("has_gallery", [True, False])
+@pytest.mark.parametrize("zeros", [0, 1, 9])
+def test_rows_of_zeros_are_equal_to_each_other_and_orthogonal_to_all_else(zeros, has_gallery):
+    queries, gallery = pictures(30, 4, 0), pictures(40, 4, 1) if has_gallery else None
+    padded = [
+        None if p is None else Embedded(torch.nn.functional.pad(p.rows, (0, 1)), p.labels) for p in (queries, gallery)
+    ]
+    for plain, longer in zip((queries, gallery), padded, strict=True):
+        if plain is not None:
+            # Of the queries alone, too: the gallery has no such row.
+            chosen = slice(0, zeros if plain is queries else zeros // 2)
+            plain.rows[chosen] = longer.rows[chosen] = 0
+            longer.rows[chosen, -1] = 3
+    recall, precision = retrieval(queries, gallery, COSINE, RECALL_AT)
+    expected_recall, expected_precision = brute_force(*padded, COSINE)
+    np.testing.assert_array_equal(recall.numpy(), expected_recall)
+    np.testing.assert_allclose(precision.numpy(), expected_precision, rtol=1e-12)
+    assert score(queries, gallery, COSINE, RECALL_AT, seed=0).nmi == score(*padded, COSINE, RECALL_AT, seed=0).nmi
+
+
 @geometries
 def test_blocks_of_the_distance_matrix_do_not_show(geometry, monkeypatch):
     queries = pictures(67, 9, 0)

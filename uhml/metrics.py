@@ -111,8 +111,8 @@ def retrieval(
     reference_labels = torch.from_numpy(references.labels).to(device)
     relevant = torch.bincount(reference_labels, minlength=int(labels.max()) + 1)[labels] - int(within)
 
-    points = geometry.points(queries.rows.double())
-    lifted = geometry.lift(geometry.points(references.rows.double()))
+    points, reference_points = _points(geometry, queries.rows, references.rows)
+    lifted = geometry.lift(reference_points)
     longest = lifted.norm(dim=1).max()
     depth = min(len(lifted) - int(within), max(*recall_at, int(relevant.max())))
     own = torch.tensor(distributed.share(num_queries), device=device, dtype=torch.int64)
@@ -132,6 +132,20 @@ def retrieval(
         distributed.all_gather_shares(recall, num_queries).cpu(),
         distributed.all_gather_shares(average_precision, num_queries).cpu(),
     )
+
+
+def _points(geometry: Geometry, *embeddings: Tensor) -> list[Tensor]:
+    """Return the embeddings as points of ``geometry``, in float64.
+
+    A flat picture's features may all be zero, which have no cosine. An axis of their own makes such rows equal to each
+    other and unlike everything else.
+    """
+    rows = [embedding.double() for embedding in embeddings]
+    if geometry.name == "cosine":
+        is_zero = [~embedding.any(1, keepdim=True) for embedding in embeddings]
+        if any(bool(zero.any()) for zero in is_zero):
+            rows = [torch.cat([own, zero], 1) for own, zero in zip(rows, is_zero, strict=True)]
+    return [geometry.points(own) for own in rows]
 
 
 def _smallest(gaps: Tensor, tie: Tensor, depth: int) -> Tensor:
@@ -163,7 +177,7 @@ def kmeans_clusters(embedded: Embedded, geometry: Geometry, seed: int) -> NDArra
     """
 
     def cluster() -> NDArray[np.int32]:
-        rows = geometry.points(embedded.rows.double())
+        (rows,) = _points(geometry, embedded.rows)
         if geometry.c > 0:
             rows = poincare.ball(geometry.c).logmap0(rows)
         num_classes = len(np.unique(embedded.labels))
