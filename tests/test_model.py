@@ -190,13 +190,16 @@ def test_rounding_errors_of_another_lapack_do_not_reach_the_fitted_weights(monke
     assert not weights[0][:, [3, 7]].any()
 
 
-def test_whitening_more_axes_than_pictures_is_finite_and_than_features_is_refused():
+def test_whitening_more_axes_than_pictures_is_finite_and_than_features_is_refused(caplog):
     head = HyperbolicHead(10, 8, 0.1, 2.3)
     head.fit("whitened_pca", FeatureMoments.over_ranks(correlated(3, 10)), 1.0)
+    assert "The 3 training pictures differ along 2 axes only, and the ball has 8; the others start at 0." in caplog.text
     assert torch.isfinite(head.linear.weight).all()
     assert torch.isfinite(head(correlated(20, 10, seed=1))).all()
     with pytest.raises(UserError, match=r"model\.embedding_dim=11 is more than the backbone's 10 features"):
         HyperbolicHead(10, 11, 0.1, 2.3).fit("whitened_pca", FeatureMoments.over_ranks(correlated(20, 10)), 1.0)
+    Projector(10, 0.1, 2.3).fit(correlated(3, 10), torch.zeros(10), 1.0)
+    assert "along 2 axes only, and the projector's ball has 10;" in caplog.text
 
 
 def test_the_projector_is_a_normalised_hidden_layer_before_a_head_fitted_to_it():

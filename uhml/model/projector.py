@@ -56,4 +56,4 @@ class Projector(nn.Module):
         """
         self.mean.copy_(mean)
         moments = FeatureMoments.over_ranks(own_features, self.hidden_units)
-        self.head.fit("whitened_pca", moments, start_norm)
+        self.head.fit("whitened_pca", moments, start_norm, ball="the projector's ball")
