@@ -10,6 +10,9 @@ import torch
 
 from uhml.data.glyphs import glyphs
 
+# What helpers assert is told as what tests assert is.
+pytest.register_assert_rewrite("launched", "pages", "reference", "runs")
+
 # A shell without job control has its background jobs ignore Ctrl-C, and what the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
