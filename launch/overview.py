@@ -179,7 +179,9 @@ def _is_alive(pid: int) -> bool:
 
 def is_controller(pid: int) -> bool:
     """Whether the process that looks after the ranks of a local job is there; its number may be another's by now."""
-    command = subprocess.run(["ps", "-p", str(pid), "-o", "command="], capture_output=True, text=True, check=False)
+    # -ww: as wide as it is, whatever COLUMNS says, for a long path to Python comes before the name.
+    ps = ["ps", "-ww", "-p", str(pid), "-o", "command="]
+    command = subprocess.run(ps, capture_output=True, text=True, check=False)
     return "submitit.local._local" in command.stdout
 
 

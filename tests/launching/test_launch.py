@@ -145,6 +145,18 @@ def test_sweep_values():
         combinations(["a.b=1,1"])
 
 
+def test_a_controller_is_known_behind_a_long_path_and_in_a_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    sleeping = [sys.executable, "-c", "import time; time.sleep(60)", "/a/long/path" * 20]
+    with subprocess.Popen([*sleeping, "submitit.local._local"]) as named, subprocess.Popen(sleeping) as other:
+        try:
+            assert overview.is_controller(named.pid)
+            assert not overview.is_controller(other.pid)
+        finally:
+            named.kill()
+            other.kill()
+
+
 @pytest.mark.ddp
 @pytest.mark.slow
 def test_local_run_from_launch_to_end_preempted_and_cancelled_on_the_way(config, run_dir, tmp_path):
