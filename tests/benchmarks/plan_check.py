@@ -69,6 +69,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(), help="folder for plan_check.json")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     runs = []
     for _ in range(args.repeats):
         runs.append({"predicted": plan(args.words), "measured": train(args.words)})
