@@ -1,5 +1,8 @@
 """Fixtures that several folders of tests share."""
 
+import uhml  # noqa: F401 (before torch, which reads then how its threads are to wait)
+
+# isort: split
 import os
 import signal
 import tarfile

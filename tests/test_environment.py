@@ -1,4 +1,6 @@
+import os
 import platform
+import re
 import subprocess
 import sys
 
@@ -38,6 +40,27 @@ def test_torchrun_comes_before_slurm_and_a_step_of_one_is_single(monkeypatch, va
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert place() == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU OpenMP's own")
+@pytest.mark.parametrize(
+    ("users", "expected"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "PASSIVE"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7", "OMP_WAIT_POLICY": "PASSIVE"}),
+        ({"OMP_WAIT_POLICY": "passive"}, {"GOMP_SPINCOUNT": "0", "OMP_WAIT_POLICY": "PASSIVE"}),
+    ],
+)
+def test_waiting_threads_soon_sleep_unless_the_user_says_otherwise(users, expected):
+    env = {name: value for name, value in os.environ.items() if name not in expected}
+    shown = subprocess.run(
+        [sys.executable, "-m", "uhml", "cluster", "--help"],
+        env={**env, **users, "OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    assert {name: re.search(rf"{name} = '(.*)'", shown)[1] for name in expected} == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc's own")

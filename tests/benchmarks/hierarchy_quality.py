@@ -9,6 +9,9 @@ the rank correlation (Spearman) of radius and the distance to the 10 nearest pic
 pictures look alike; and in how many of all pictures a blurred copy, which shows less, lies nearer the centre.
 """
 
+import uhml  # noqa: F401 (before torch, which reads then how its threads are to wait)
+
+# isort: split
 import argparse
 from pathlib import Path
 

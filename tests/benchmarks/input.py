@@ -14,6 +14,9 @@ Writes ``input.json`` and ``input.png``, and prints two tables. Repeats of all t
   to be had, not what could be trained with.
 """
 
+import uhml  # noqa: F401 (before torch, which reads then how its threads are to wait)
+
+# isort: split
 import argparse
 import contextlib
 import dataclasses

@@ -8,6 +8,9 @@ https://github.com/tjddus9597/STML-CVPR22 that the environment variable STML nam
 are deployed like ours, behind a head fitted at the end; STML's own embedding is scored beside it.
 """
 
+import uhml  # before torch, which reads then how its threads are to wait
+
+# isort: split
 import argparse
 import copy
 import importlib.util

@@ -36,7 +36,7 @@ from uhml import distributed
 from uhml.config import load_config
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.workers import next_together
-from uhml.loss import HierarchicalLogRatioLoss
+from uhml.loss import HierarchicalLoss
 from uhml.planning import costs
 from uhml.planning.calibration import measure_network, nested_levels
 from uhml.run.training_state import TrainingState
@@ -82,7 +82,7 @@ def rank(config, out):
         network = measure_network(model, config)
         state = TrainingState(model, Splits(train=Pictures(paths=("a", "b"))), config)
         state.levels = nested_levels(NUM_PICTURES, len(config.hierarchy.cuts))
-        loss = HierarchicalLogRatioLoss(config.loss.omega, len(config.hierarchy.cuts) + 1)
+        loss = HierarchicalLoss(config.loss, len(config.hierarchy.cuts), config.mining.num_views)
         parallel = distributed.data_parallel(model)
         own = config.train.global_batch_size // world
         images = torch.randn(own, 3, config.data.image_size, config.data.image_size)
@@ -196,7 +196,8 @@ def draw(found, path):
             axes[1].plot(ranks, least, "--", color=line.get_color(), label="the least possible")
             axes[2].plot(ranks, [run["memory"] / 2**20 for run in runs], "o-", label=label)
         axes[1].set(xlabel="ranks", ylabel="MB sent a step and rank", xticks=ranks, ylim=(0, None))
-        axes[2].set(xlabel="ranks", ylabel="peak memory of a rank, MiB", xticks=ranks, ylim=(0, None))
+        most = max(run["memory"] for run in found["wire"]["runs"]) / 2**20
+        axes[2].set(xlabel="ranks", ylabel="peak memory of a rank, MiB", xticks=ranks, ylim=(0, 1.1 * most))
     for axis in axes:
         axis.grid(alpha=0.3)
         if axis.lines:
