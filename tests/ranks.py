@@ -70,15 +70,19 @@ def _results(pipes: dict[Any, int], world_size: int, deadline: float) -> list[An
         if not ready:
             silent = sorted(pipes[pipe] for pipe in waiting)
             pytest.fail(f"ranks {silent} of {world_size} did not end in time: does a collective wait for ever?")
+        failures = []
         for pipe in ready:
             rank = pipes[pipe]
             try:
-                went_well, results[rank] = pickle.loads(pipe.recv_bytes())
+                went_well, when, results[rank] = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                went_well, results[rank] = False, "The process died without a word."
+                went_well, when, results[rank] = False, time.monotonic(), "The process died without a word."
             if not went_well:
-                pytest.fail(f"rank {rank} of {world_size} failed first:\n{results[rank]}", pytrace=False)
+                failures.append((when, rank))
             waiting.remove(pipe)
+        if failures:
+            _, rank = min(failures)
+            pytest.fail(f"rank {rank} of {world_size} failed first:\n{results[rank]}", pytrace=False)
     return results
 
 
@@ -88,10 +92,19 @@ def _rank(
     # What a rank starts itself, workers of a loader, it starts as everywhere else.
     multiprocessing.set_start_method(start_method, force=True)
     os.environ.update(environment)
+
+    def tell(went_well: bool, result: Any) -> None:
+        # Whole, not by multiprocessing's own way for tensors, whose memory would be gone with this process.
+        sender.send_bytes(pickle.dumps((went_well, time.monotonic(), result)))
+
     try:
         with distributed.process_group("cpu"):
-            # Whole, not by multiprocessing's own way for tensors, whose memory would be gone with this process.
-            answer = pickle.dumps((True, function(*args)))
+            try:
+                result = function(*args)
+            except BaseException:
+                # Before this rank leaves the group, at which the others fail in their turn.
+                tell(False, traceback.format_exc())
+                return
+        tell(True, result)
     except BaseException:
-        answer = pickle.dumps((False, traceback.format_exc()))
-    sender.send_bytes(answer)
+        tell(False, traceback.format_exc())
