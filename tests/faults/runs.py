@@ -158,12 +158,12 @@ def checkpoints(run_dir):
 
 
 def events(run_dir):
-    """What TensorBoard is told, and of which step, in that order: nothing twice, nothing missing."""
-    # Not in the order of the files: two launches may begin in one second, by which these are named, and the later one
-    # has the smaller process number when numbers have begun anew.
-    paths = (run_dir / "tensorboard").glob("events.*")
-    loaded = [event for path in paths for event in EventFileLoader(str(path)).Load()]
-    return sorted((event.step, value.tag) for event in loaded for value in event.summary.value)
+    """What TensorBoard is told, and of which step, as it stands in the files: nothing twice, nothing missing."""
+    files = [list(EventFileLoader(str(path)).Load()) for path in (run_dir / "tensorboard").glob("events.*")]
+    # The first event tells when the file was begun. Its name tells the second and the process, and two launches may
+    # begin in one second, the later one with the smaller number when these have begun anew.
+    files.sort(key=lambda loaded: loaded[0].wall_time)
+    return [(event.step, value.tag) for loaded in files for event in loaded for value in event.summary.value]
 
 
 def assert_same(run_dir, whole):

@@ -138,7 +138,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(sections, dict) or not all(isinstance(keys, dict) for keys in sections.values()):
         raise UserError(f"{path} is no config of a run.")
     settings = {f"{section!s}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    return {key: value for key, value in settings.items() if key not in FREE_TO_CHANGE or key == ROOT}
+    return {key: value for key, value in settings.items() if key not in FREE_TO_CHANGE - {ROOT}}
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
