@@ -1,3 +1,6 @@
+import contextlib
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +9,7 @@ from ranks import run_ranks
 
 from uhml import distributed
 from uhml.config import DataConfig
-from uhml.data.loading import share_loader, training_batches
+from uhml.data.loading import TrainingBatches, share_loader
 from uhml.data.pictures import Pictures
 from uhml.data.transforms import plain_transform, training_transform
 
@@ -33,19 +36,17 @@ def batch_of_step(step):
     return np.random.default_rng(step).permutation(N)[: B // 2]
 
 
+def _batches(folder, num_workers, seed=0, num_views=2):
+    transform = training_transform(CONFIG, *NEUTRAL)
+    return contextlib.closing(
+        TrainingBatches(pictures_of(folder), transform, num_views=num_views, seed=seed, num_workers=num_workers)
+    )
+
+
 def _training(folder, num_workers, seed=0, steps=STEPS, num_views=2):
     torch.manual_seed(distributed.rank())  # the state of the global generator is nobody's seed
-    loader = training_batches(
-        pictures_of(folder),
-        training_transform(CONFIG, *NEUTRAL),
-        batch_of_step,
-        steps,
-        num_views=num_views,
-        seed=seed,
-        num_workers=num_workers,
-    )
-    assert len(loader) == len(steps)
-    images, pictures = zip(*loader, strict=True)
+    with _batches(folder, num_workers, seed, num_views) as batches:
+        images, pictures = zip(*batches.of_steps(steps, batch_of_step), strict=True)
     return torch.stack(images), torch.stack(pictures)
 
 
@@ -53,17 +54,9 @@ def _untouched(folder, num_workers):
     before = torch.get_rng_state()
     for _ in share_loader(pictures_of(folder), plain_transform(CONFIG, *NEUTRAL), 4, num_workers):
         pass
-    loader = training_batches(
-        pictures_of(folder),
-        training_transform(CONFIG, *NEUTRAL),
-        batch_of_step,
-        STEPS,
-        num_views=2,
-        seed=0,
-        num_workers=num_workers,
-    )
-    for _ in loader:
-        pass
+    with _batches(folder, num_workers) as batches:
+        for _ in batches.of_steps(STEPS, batch_of_step):
+            pass
     return torch.equal(before, torch.get_rng_state())
 
 
@@ -104,6 +97,29 @@ def test_one_view_is_each_picture_once(folder):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_loaders_leave_the_global_generator_alone(folder, num_workers):
     assert _untouched(folder, num_workers)
+
+
+def test_the_workers_go_on_with_other_clusters(folder):
+    def others(step):
+        return batch_of_step(step)[::-1]
+
+    others_before = set(multiprocessing.active_children())
+    with _batches(folder, 2) as batches:
+        first = list(batches.of_steps(STEPS, batch_of_step))
+        workers = set(multiprocessing.active_children()) - others_before
+        assert len(workers) == 2
+        # The same steps once more, as a loader of its own makes them.
+        again = list(batches.of_steps(STEPS, others))
+        assert set(multiprocessing.active_children()) - others_before == workers
+    assert set(multiprocessing.active_children()) - others_before == set()
+    with _batches(folder, 0) as batches:
+        for made, chosen in ((first, batch_of_step), (again, others)):
+            for (images, pictures), (same_images, same_pictures) in zip(
+                made, batches.of_steps(STEPS, chosen), strict=True
+            ):
+                assert torch.equal(images, same_images)
+                assert torch.equal(pictures, same_pictures)
+    assert not torch.equal(first[0][1], again[0][1])
 
 
 def _share(folder, num_pictures, batch_size, num_workers):

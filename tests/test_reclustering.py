@@ -23,7 +23,7 @@ from uhml.run.bank import FeatureBank, features_seen
 from uhml.run.checkpoint import read_file
 from uhml.run.reclustering import linkage_options, next_levels_at, reclusters_at
 from uhml.run.training_state import TrainingState
-from uhml.train import build_model, cluster_batches, fit_head, start_head, train, train_step
+from uhml.train import batches_left, build_model, fit_head, start_head, train, train_step
 
 NUM_STEPS, EVERY, OVERLAP = 9, 3, 2
 
@@ -162,7 +162,7 @@ def run_by_hand(config, overlap, use_bank):
                 tree = average_linkage(model.head(features), **linkage_options(config))
             coming[step + overlap if step else 0] = tree.cut(counts=config.hierarchy.cuts)
         state.levels = coming.get(step, state.levels)
-        images, pictures = next(iter(cluster_batches(state, splits.train, config, step + 1)))
+        images, pictures = next(batches_left(state, splits.train, config))
         with torch.no_grad():
             seen = model.train().features(images).half().float()
         bank |= {int(p): seen[pictures == p].mean(0).half().float() for p in pictures}

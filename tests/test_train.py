@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 import uhml.train
 from uhml import cli, poincare
 from uhml.config import Config, load_config, parse_dump
-from uhml.data.loading import training_batches
+from uhml.data.loading import TrainingBatches
 from uhml.data.transforms import training_transform
 from uhml.data.verify import list_pictures
 from uhml.errors import UserError
@@ -368,10 +368,8 @@ def test_nan_stops_before_the_step_and_leaves_what_reproduces_it(shapes, config,
     restore_random_state(left["random_states"][0])
     transform = training_transform(options.data, model.backbone.mean, model.backbone.std)
     batch = left["pictures"].numpy()[:: options.mining.num_views]
-    loader = training_batches(
-        list_pictures(options.data).train, transform, lambda _: batch, range(1, 2), num_views=2, seed=0, num_workers=0
-    )
-    images, pictures = next(iter(loader))
+    batches = TrainingBatches(list_pictures(options.data).train, transform, num_views=2, seed=0, num_workers=0)
+    images, pictures = next(batches.of_steps(range(1, 2), lambda _: batch))
     assert torch.equal(pictures, left["pictures"])
     points = model.train()(images)
     distances = poincare.distance_matrix(points, points, options.model.curvature)

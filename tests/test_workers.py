@@ -68,6 +68,18 @@ def test_a_dead_worker_is_told_where_its_work_is_fetched():
     assert seen == [[0, 1], [2, 3], [4, 5]][: len(seen)]
 
 
+def test_a_worker_that_died_between_two_uses_is_told_of():
+    loader = Loader(Rows(), batch_size=2, num_workers=1, persistent_workers=True)
+    with contextlib.closing(loader):
+        before = set(children())
+        assert len(list(loader)) == 6
+        (worker,) = set(children()) - before
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(UserError, match="A process that reads pictures was killed"):
+            list(loader)
+    assert set(children()) <= before
+
+
 def test_workers_leave_signals_to_their_parent_and_end_when_it_stops_asking():
     others = set(children())
     with handled(), contextlib.closing(iter(Loader(Rows(), batch_size=2, num_workers=2))) as batches:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from uhml import distributed, poincare
 from uhml.config import Config
-from uhml.data.loading import training_batches
+from uhml.data.loading import TrainingBatches
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.transforms import training_transform
 from uhml.data.verify import list_pictures, readable_pictures
-from uhml.data.workers import Loader, next_together
+from uhml.data.workers import next_together
 from uhml.embedding import embed_share
 from uhml.errors import UserError, known_everywhere
 from uhml.evaluate import score_unseen
@@ -326,30 +326,22 @@ def batches_left(
     state: TrainingState, pictures: Pictures, config: Config
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Yield this rank's part of the batch of each step that is left, of the levels that the state has by then."""
-    while state.step < config.train.num_steps:
-        until = next_levels_at(state.step, config)
-        with contextlib.closing(iter(cluster_batches(state, pictures, config, until))) as batches:
-            for _ in range(state.step, until - 1):
-                yield next_together(batches)
-            last = next_together(batches)
-        # By now its workers have ended, before those of an embedding start.
-        yield last
-
-
-def cluster_batches(state: TrainingState, pictures: Pictures, config: Config, until: int) -> Loader:
-    """Return the loader of this rank's part of the batches from this step until another."""
-    assert state.levels is not None
     backbone = state.model.backbone
-    return training_batches(
+    batches = TrainingBatches(
         pictures,
         training_transform(config.data, backbone.mean, backbone.std),
-        clusters_to_learn(state.levels, config),
-        range(state.step, until),
         num_views=config.mining.num_views,
         seed=config.train.seed,
         num_workers=config.data.num_workers,
         pin_memory=state.model.device.type == "cuda",
     )
+    with contextlib.closing(batches):
+        while state.step < config.train.num_steps:
+            assert state.levels is not None
+            steps = range(state.step, next_levels_at(state.step, config))
+            of_levels = batches.of_steps(steps, clusters_to_learn(state.levels, config))
+            for _ in steps:
+                yield next_together(of_levels)
 
 
 def train_step(

@@ -46,7 +46,7 @@ from uhml.planning.calibration import nested_levels
 from uhml.run.training_state import TrainingState
 
 AUGMENTED, BATCH = 64, 16
-WARM_UP, PREFETCHED = 2, 4
+WARM_UP = 2
 
 
 def main():
@@ -59,7 +59,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_intermixed_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    config = load_config(args.config, args.overrides)
+    config = without_end(load_config(args.config, args.overrides))
     everything = list_pictures(config.data).train
     rows = np.linspace(0, len(everything) - 1, min(args.pictures, len(everything))).astype(int)
     files = dataclasses.replace(everything.select(rows), cached=None)
@@ -104,6 +104,12 @@ def main():
         print(f"| {name} | {value:.2f} |")
 
 
+def without_end(config):
+    """Return the config of a run whose batches come in one go, with no clustering to wait for."""
+    hierarchy = dataclasses.replace(config.hierarchy, recluster_every=10**6)
+    return dataclasses.replace(config, hierarchy=hierarchy, train=dataclasses.replace(config.train, num_steps=10**6))
+
+
 def measure(config, ways, num_steps, repeats, folder, device):
     """Return the seconds of ``num_steps`` steps, of each repeat, by what is done and where the pictures are from."""
     num_levels = len(config.hierarchy.cuts)
@@ -119,10 +125,8 @@ def measure(config, ways, num_steps, repeats, folder, device):
     def run(way, *, learns):
         pictures, side = ways[way]
         reduced = dataclasses.replace(config, data=dataclasses.replace(config.data, reduce_to=side))
-        # Some before the clock starts, for the start of the workers, and some that nobody takes: the workers shall have
-        # as much to do in the last step as in any.
-        steps = WARM_UP + num_steps + PREFETCHED * config.data.num_workers
-        with contextlib.closing(iter(train.cluster_batches(state, pictures, reduced, state.step + steps))) as batches:
+        # Some before the clock starts, for the start of the workers.
+        with contextlib.closing(train.batches_left(state, pictures, reduced)) as batches:
             for i in range(WARM_UP + num_steps):
                 if i == WARM_UP:
                     began = time.perf_counter()
@@ -133,7 +137,7 @@ def measure(config, ways, num_steps, repeats, folder, device):
             return time.perf_counter() - began
 
     alone = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0))
-    held = next(iter(train.cluster_batches(state, files, alone, state.step + 1)))
+    held = next(train.batches_left(state, files, alone))
 
     def step_alone():
         began = time.perf_counter()

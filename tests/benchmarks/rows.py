@@ -30,7 +30,7 @@ from torch import nn
 import uhml.train
 from uhml import cli
 from uhml.config import load_config
-from uhml.data.loading import training_batches
+from uhml.data.loading import TrainingBatches
 from uhml.data.transforms import training_transform
 from uhml.data.verify import list_pictures, readable_pictures
 from uhml.embedding import embed_share
@@ -182,21 +182,16 @@ def train_other(method, config, run_dir):
     model.projector = method.head
     optimizer = build_optimizer(model, config.optim)
     schedule = build_schedule(optimizer, config.optim, config.train.num_steps)
+    transform = training_transform(config.data, model.backbone.mean, model.backbone.std)
+    workers = config.data.num_workers
+    batches = TrainingBatches(splits.train, transform, num_views=2, seed=seed, num_workers=workers)
     step, figures = 0, {}
     while step < config.train.num_steps:
         batch_of_step, until = method.sampler(model, splits.train, step)
         steps = range(step, min(until, config.train.num_steps))
-        batches = training_batches(
-            splits.train,
-            training_transform(config.data, model.backbone.mean, model.backbone.std),
-            batch_of_step,
-            steps,
-            num_views=2,
-            seed=seed,
-            num_workers=config.data.num_workers,
-        )
         model.train()
-        for images, pictures in progress(batches, "train", unit="step", note=lambda: str(figures)):
+        of_steps = batches.of_steps(steps, batch_of_step)
+        for images, pictures in progress(of_steps, "train", total=len(steps), unit="step", note=lambda: str(figures)):
             loss = method.loss(model, images, pictures)
             optimizer.zero_grad()
             loss.backward()
@@ -206,6 +201,7 @@ def train_other(method, config, run_dir):
             schedule.step()
             figures["loss"] = round(loss.item(), 4)
         step = steps.stop
+    batches.close()
     model.projector = None
     model.eval()
     uhml.train.start_head(model, splits.train, config)

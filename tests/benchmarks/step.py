@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 
 from uhml import poincare, train
 from uhml.config import load_config
-from uhml.data.loading import training_batches
+from uhml.data.loading import TrainingBatches
 from uhml.data.transforms import training_transform
 from uhml.data.verify import list_pictures
 from uhml.environment import keep_freed_memory
@@ -63,7 +63,8 @@ def measure_step(config, repeats):
     )
     transform = training_transform(config.data, models[0].backbone.mean, models[0].backbone.std)
     views = config.mining.num_views
-    batches = list(training_batches(splits.train, transform, chosen, range(4), num_views=views, seed=0, num_workers=0))
+    loader = TrainingBatches(splits.train, transform, num_views=views, seed=0, num_workers=0)
+    batches = list(loader.of_steps(range(4), chosen))
     loss_function = HierarchicalLoss(config.loss, len(state.levels), views)
     backbone = models[1].backbone.train()
     optimizer = torch.optim.AdamW(backbone.parameters(), config.optim.learning_rate, fused=True)

@@ -87,7 +87,7 @@ def prepare(args, folder):
     train.start_head(model, pictures, config)
     state = TrainingState(model, train.Splits(train=pictures), config)
     state.levels = nested_levels(len(pictures), len(config.hierarchy.cuts)).to(model.device)
-    images, rows = next(iter(train.cluster_batches(state, pictures, config, 1)))
+    images, rows = next(train.batches_left(state, pictures, config))
     torch.save({"model": model.state_dict(), "images": images, "rows": rows}, folder / "start.pt")
 
 

@@ -93,10 +93,13 @@ class _Views(Dataset[Any]):
 
 
 class _RankBatches:
-    """This rank's rows of the global batches of some steps."""
+    """This rank's rows of the global batches of the steps at hand."""
 
-    def __init__(self, batch_of_step: Callable[[int], NDArray[np.int64]], steps: range, num_views: int) -> None:
-        self.batch_of_step, self.steps, self.num_views = batch_of_step, steps, num_views
+    batch_of_step: Callable[[int], NDArray[np.int64]]
+    steps: range
+
+    def __init__(self, num_views: int) -> None:
+        self.num_views = num_views
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -109,40 +112,57 @@ class _RankBatches:
             yield [_View(int(picture), step, first + i) for i, picture in enumerate(rows[first : first + own])]
 
 
-def training_batches(
-    pictures: Pictures,
-    transform: Transform,
-    batch_of_step: Callable[[int], NDArray[np.int64]],
-    steps: range,
-    *,
-    num_views: int,
-    seed: int,
-    num_workers: int,
-    pin_memory: bool = False,
-) -> Loader:
-    """Return a loader of this rank's part of the global batches of ``steps``.
+class TrainingBatches:
+    """Makes this rank's part of the global batches, by workers that outlast a clustering; close it to end them.
 
     Args:
         pictures: the training pictures.
         transform: the augmentation.
-        batch_of_step: step to the global batch, ``[B / num_views]`` indices of pictures.
-        steps: the steps to make batches for.
         num_views: views of each picture.
         seed: of the run.
         num_workers: processes that read and augment.
         pin_memory: put batches where a GPU can fetch them by itself.
-
-    Yields:
-        Images ``[B / world_size, 3, h, w]`` and their pictures' indices ``[B / world_size]``.
     """
-    return Loader(
-        _Views(pictures, transform, seed),
-        batch_sampler=_RankBatches(batch_of_step, steps, num_views),
-        num_workers=num_workers,
-        prefetch_factor=4 if num_workers else None,
-        pin_memory=pin_memory,
-        generator=_own_generator(),
-    )
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        transform: Transform,
+        *,
+        num_views: int,
+        seed: int,
+        num_workers: int,
+        pin_memory: bool = False,
+    ) -> None:
+        self._batches = _RankBatches(num_views)
+        self._loader = Loader(
+            _Views(pictures, transform, seed),
+            batch_sampler=self._batches,
+            num_workers=num_workers,
+            prefetch_factor=4 if num_workers else None,
+            persistent_workers=num_workers > 0,
+            pin_memory=pin_memory,
+            generator=_own_generator(),
+        )
+
+    def close(self) -> None:
+        """End the workers."""
+        self._loader.close()
+
+    def of_steps(
+        self, steps: range, batch_of_step: Callable[[int], NDArray[np.int64]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return the batches of some steps, which are made ahead of their use; those of other steps end with it.
+
+        Args:
+            steps: the steps to make batches for.
+            batch_of_step: step to the global batch, ``[B / num_views]`` indices of pictures.
+
+        Yields:
+            Images ``[B / world_size, 3, h, w]`` and their pictures' indices ``[B / world_size]``.
+        """
+        self._batches.steps, self._batches.batch_of_step = steps, batch_of_step
+        return iter(self._loader)
 
 
 def _own_generator() -> torch.Generator:

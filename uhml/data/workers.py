@@ -63,7 +63,8 @@ class Loader(DataLoader[Any]):
     """A ``DataLoader``, of the same options, for runs that survive.
 
     Its workers ignore the signals that a terminal or a cluster sends to every process of a run. Close what ``iter``
-    returns, if it is not exhausted: only then do they end.
+    returns, if it is not exhausted: only then do they end. With ``persistent_workers`` they wait for the next ``iter``
+    instead, and end by :meth:`close`.
 
     Raises:
         UserError: while iterating: what a worker raised, or a worker died.
@@ -76,11 +77,13 @@ class Loader(DataLoader[Any]):
         super().__init__(_Tolerant(dataset), collate_fn=collate, worker_init_fn=interruption.leave_to_parent, **options)
 
     def __iter__(self) -> Generator[Any]:  # type: ignore[override]
-        if self.num_workers:
+        waiting = self.persistent_workers and self._iterator is not None
+        if self.num_workers and not waiting:
             give_back_freed_memory()
-        with interruption.workers_starting():
-            batches: Any = super().__iter__()
+        batches: Any = None
         try:
+            with interruption.workers_starting():
+                batches = super().__iter__()
             for batch in batches:
                 if isinstance(batch, UserError):
                     raise batch
@@ -96,5 +99,11 @@ class Loader(DataLoader[Any]):
         finally:
             # Now, and not when the garbage is collected: an error's traceback may hold on to the workers until the
             # process ends, which would wait for them in vain, as they ignore what it asks them to end by.
-            if self.num_workers:
+            if self.num_workers and batches is not None and not self.persistent_workers:
                 batches._shutdown_workers()
+
+    def close(self) -> None:
+        """End persistent workers, if there are any."""
+        if self._iterator is not None:
+            self._iterator._shutdown_workers()  # type: ignore[attr-defined]
+            self._iterator = None

@@ -35,7 +35,7 @@ from uhml.reporting.figures import thumbnails
 from uhml.reporting.hierarchy import show_hierarchy
 from uhml.reporting.report import Reporter
 from uhml.run.training_state import TrainingState
-from uhml.train import cluster_batches, train_step
+from uhml.train import batches_left, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -263,8 +263,8 @@ def _steps(model: Embedder, config: Config, pictures: Pictures, folder: Path, vi
     state.levels = nested_levels(len(pictures), num_levels).to(model.device)
     loss = HierarchicalLoss(config.loss, num_levels, config.mining.num_views)
     times = []
-    with contextlib.closing(iter(cluster_batches(state, pictures, small, num_steps))) as batches:
-        for images, rows in batches:
+    with contextlib.closing(batches_left(state, pictures, small)) as batches:
+        for images, rows in itertools.islice(batches, num_steps):
             train_step(model, images, rows, state, loss, small, folder)
             _finish(model.device)
             times.append(time.perf_counter())

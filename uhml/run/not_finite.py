@@ -28,7 +28,7 @@ def refuse_step(
     ``nan-step-<step>.pt`` holds, for ``torch.load(..., weights_only=True)``: ``step``; ``pictures`` ``[B]``, the rows
     of the global batch, each an index into the training pictures; ``levels`` ``[K, n]``; ``model``, the weights before
     the step; ``random_states``, of every rank before the step; ``losses``, every rank's part of the loss; ``config``.
-    The images follow from these: :func:`uhml.data.loading.training_batches` of that step.
+    The images follow from these: :class:`uhml.data.loading.TrainingBatches` of that step.
 
     Args:
         run_dir: gets the file.
