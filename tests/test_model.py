@@ -137,12 +137,14 @@ def test_a_data_sets_features_are_mapped_to_the_ball_in_blocks(monkeypatch):
     assert sum(most) == 50
 
 
-def test_whitened_start_is_pca_with_each_axis_divided_by_the_root_of_its_singular_value():
+@pytest.mark.parametrize("whitening", [0.0, 0.5, 0.75, 1.0])
+def test_whitened_start_is_pca_with_each_axis_divided_by_a_power_of_its_deviation(whitening):
     features = correlated(400, 12)
     head = HyperbolicHead(12, 5, 0.1, 2.3)
-    head.fit("whitened_pca", FeatureMoments.over_ranks(features), 1.0)
+    head.fit("whitened_pca", FeatureMoments.over_ranks(features), 1.0, whitening)
     pca = PCA(5, svd_solver="full").fit(features.double().numpy())
-    expected = pca.components_ / np.sqrt(pca.singular_values_)[:, None] * np.sqrt(pca.singular_values_[0])
+    evened = (pca.singular_values_ / pca.singular_values_[0]) ** whitening
+    expected = pca.components_ / evened[:, None]
     weight = head.linear.weight.detach().numpy()
     signs = np.sign((weight * expected).sum(1, keepdims=True))
     np.testing.assert_allclose(weight * signs, expected, rtol=1e-3, atol=1e-4)
@@ -150,9 +152,19 @@ def test_whitened_start_is_pca_with_each_axis_divided_by_the_root_of_its_singula
     assert (weight[np.arange(5), np.abs(weight).argmax(1)] > 0).all()
     # So the head gives the principal components up to a scale per axis, uncorrelated and centred.
     tangent = head.tangent(features).detach().double().numpy()
-    components = pca.transform(features.double().numpy()) / np.sqrt(pca.singular_values_)
+    components = pca.transform(features.double().numpy()) / evened
     ratio = (tangent * signs.T) / components
     np.testing.assert_allclose(ratio, np.median(ratio), rtol=0.05)
+    if whitening == 1:
+        np.testing.assert_allclose(tangent.std(0), tangent.std(0)[0], rtol=1e-4)
+
+
+def test_half_of_the_whitening_is_the_default():
+    moments = FeatureMoments.over_ranks(correlated(400, 12))
+    heads = HyperbolicHead(12, 5, 0.1, 2.3), HyperbolicHead(12, 5, 0.1, 2.3)
+    heads[0].fit("whitened_pca", moments, 1.0)
+    heads[1].fit("whitened_pca", moments, 1.0, ModelConfig().whitening)
+    assert torch.equal(heads[0].linear.weight, heads[1].linear.weight)
 
 
 @pytest.mark.parametrize("init", ["whitened_pca", "orthogonal", "random"])

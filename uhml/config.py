@@ -137,8 +137,12 @@ class ModelConfig:
     as the article does."""
 
     head_init: Literal["whitened_pca", "orthogonal", "random"] = "whitened_pca"
-    """How the linear layer starts: from the principal axes of the frozen features, each divided by the square root
-    of its singular value; as a random orthogonal map; or at random, as torch does it."""
+    """How the linear layer starts: from the principal axes of the features, evened out as model.whitening says; as a
+    random orthogonal map; or at random, as torch does it."""
+
+    whitening: Probability = 0.5
+    """How far the principal axes of the features are evened out: each is divided by its standard deviation to this
+    power. 0 only turns the features; 1 makes all axes alike, which drowns a picture in the weakest of them."""
 
     start_norm: Positive = 2.0
     """Root mean square norm of the training pictures' features after the linear layer when it is fitted, in units of

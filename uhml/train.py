@@ -246,7 +246,8 @@ def start_head(model: Embedder, pictures: Pictures, config: Config) -> Tensor | 
 
 def fit_head(model: Embedder, own_features: Tensor, config: Config) -> None:
     """Fit the head to the backbone's features of all ranks' training pictures, ``[n, num_features]`` on this one."""
-    model.head.fit(config.model.head_init, FeatureMoments.over_ranks(own_features), config.model.start_norm)
+    options, moments = config.model, FeatureMoments.over_ranks(own_features)
+    model.head.fit(options.head_init, moments, options.start_norm, options.whitening)
 
 
 def discover_hierarchy(

@@ -34,7 +34,6 @@ from uhml.data.verify import list_pictures
 from uhml.environment import keep_freed_memory
 from uhml.loss import Batch, HierarchicalLogRatioLoss, HierarchicalLoss, global_loss
 from uhml.mining import ClusterBatches
-from uhml.model import FeatureMoments
 from uhml.run.training_state import TrainingState
 
 DIMENSIONS, CLUSTER, CURVATURE, OMEGA = 128, 8, 0.1, 0.8
@@ -54,7 +53,7 @@ def measure_step(config, repeats):
     models = [train.build_model(config, True) for _ in range(2)]
     for model in models:
         features = torch.randn(2048, model.backbone.num_features, generator=torch.Generator().manual_seed(0))
-        model.head.fit("whitened_pca", FeatureMoments.over_ranks(features), config.model.start_norm)
+        train.fit_head(model, features, config)
         model.projector.fit(features, model.head.mean, config.model.start_norm)
     state = TrainingState(models[0], splits, config)
     state.levels = nested_levels(len(splits.train))

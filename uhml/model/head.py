@@ -111,13 +111,16 @@ class HyperbolicHead(nn.Module):
         return tangent * (in_radii.tanh() / in_radii)
 
     @torch.no_grad()
-    def fit(self, init: str, moments: FeatureMoments, start_norm: float, ball: str = "the ball") -> None:
+    def fit(
+        self, init: str, moments: FeatureMoments, start_norm: float, whitening: float = 0.5, ball: str = "the ball"
+    ) -> None:
         """Set the layer's weights, and the mean and scale that go with them. A collective.
 
         Args:
             init: "whitened_pca", "orthogonal" or "random", see ``model.head_init``.
             moments: of the training pictures' features.
             start_norm: root mean square norm of the tangent vectors, in units of the clip radius.
+            whitening: see ``model.whitening``; for "whitened_pca".
             ball: what to call its ball in a warning.
 
         Raises:
@@ -126,7 +129,7 @@ class HyperbolicHead(nn.Module):
         weight = self.linear.weight
         if init == "whitened_pca":
             # One rank's, so that a machine whose LAPACK rounds otherwise has no head of its own.
-            fitted = distributed.on_main(lambda: _whitening(moments, self.linear.out_features, ball))
+            fitted = distributed.on_main(lambda: _whitening(moments, self.linear.out_features, whitening, ball))
             weight.copy_(distributed.broadcast_from_main(fitted, weight.device))
         elif init == "orthogonal":
             nn.init.orthogonal_(weight)
@@ -136,11 +139,8 @@ class HyperbolicHead(nn.Module):
         self.scale.copy_(start_norm * self.clip_radius / mean_square.sqrt().clamp_min(1e-12))
 
 
-def _whitening(moments: FeatureMoments, num_axes: int, ball: str) -> Tensor:
-    """Principal axes, each divided by the square root of its singular value: ``[num_axes, num_features]``.
-
-    That is half of the way to full whitening, which would drown the picture in its weakest axes.
-    """
+def _whitening(moments: FeatureMoments, num_axes: int, power: float, ball: str) -> Tensor:
+    """Principal axes, each divided by a power of its standard deviation: ``[num_axes, num_features]``."""
     num_features = len(moments.mean)
     if num_axes > num_features:
         raise UserError(
@@ -154,7 +154,7 @@ def _whitening(moments: FeatureMoments, num_axes: int, ball: str) -> Tensor:
     signs = axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
     # Fewer pictures than axes leave axes along which none differ from another; dividing by their rounding errors
     # would turn them into the loudest of all. They start at zero and may be learned.
-    weights = torch.where(variances > 1e-6 * variances[0], (variances / variances[0]).pow(-0.25), 0.0)
+    weights = torch.where(variances > 1e-6 * variances[0], (variances / variances[0]).pow(-power / 2), 0.0)
     if not weights.all():
         logger.warning(
             "The %d training pictures differ along %d axes only, and %s has %d; the others start at 0.",
