@@ -4,6 +4,7 @@ import geoopt
 import numpy as np
 import pytest
 import safetensors.torch
+import scipy.linalg
 import timm
 import torch
 import torchvision
@@ -11,6 +12,7 @@ from PIL import Image
 from ranks import run_ranks
 from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 
 from uhml import distributed, poincare
@@ -21,6 +23,7 @@ from uhml.model import Backbone, Embedder, FeatureMoments, HyperbolicHead, build
 from uhml.model import head as head_module
 from uhml.model.projector import Projector
 from uhml.poincare import distance_matrix
+from uhml.reporting.guards import watch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = 64
@@ -159,6 +162,24 @@ def test_whitened_start_is_pca_with_each_axis_divided_by_a_power_of_its_deviatio
         np.testing.assert_allclose(tangent.std(0), tangent.std(0)[0], rtol=1e-4)
 
 
+def test_the_head_and_the_guards_are_fitted_on_one_thread_of_openblas(monkeypatch):
+    def threads():
+        return {library["num_threads"] for library in threadpool_info() if library["internal_api"] == "openblas"}
+
+    seen = []
+    for name in ("eigh", "eigvalsh"):
+        original = getattr(scipy.linalg, name)
+        monkeypatch.setattr(
+            scipy.linalg, name, lambda *args, f=original, **kw: seen.append(threads()) or f(*args, **kw)
+        )
+    with threadpool_limits(2, "blas"):
+        head = HyperbolicHead(12, 5, 0.1, 2.3)
+        head.fit("whitened_pca", FeatureMoments.over_ranks(correlated(40, 12)), 1.0)
+        watch(head(correlated(40, 12)).detach(), torch.zeros(1, 40, dtype=torch.int32), ModelConfig())
+        assert threads() == {2}
+    assert seen == [{1}, {1}]
+
+
 def test_half_of_the_whitening_is_the_default():
     moments = FeatureMoments.over_ranks(correlated(400, 12))
     heads = HyperbolicHead(12, 5, 0.1, 2.3), HyperbolicHead(12, 5, 0.1, 2.3)
@@ -208,6 +229,10 @@ def test_whitening_more_axes_than_pictures_is_finite_and_than_features_is_refuse
     assert "The 3 training pictures differ along 2 axes only, and the ball has 8; the others start at 0." in caplog.text
     assert torch.isfinite(head.linear.weight).all()
     assert torch.isfinite(head(correlated(20, 10, seed=1))).all()
+    # Fitted again, it says so again only where it is otherwise.
+    for num_pictures, times_told in ((3, 1), (4, 2), (4, 2), (20, 2), (4, 3)):
+        head.fit("whitened_pca", FeatureMoments.over_ranks(correlated(num_pictures, 10)), 1.0)
+        assert caplog.text.count("and the ball has 8;") == times_told
     with pytest.raises(UserError, match=r"model\.embedding_dim=11 is more than the backbone's 10 features"):
         HyperbolicHead(10, 11, 0.1, 2.3).fit("whitened_pca", FeatureMoments.over_ranks(correlated(20, 10)), 1.0)
     Projector(10, 0.1, 2.3).fit(correlated(3, 10), torch.zeros(10), 1.0)

@@ -3,6 +3,7 @@ import re
 import shutil
 import statistics
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -107,6 +108,21 @@ def test_the_same_run_twice_over_is_no_second_seed(runs, capsys):
     said = capsys.readouterr().out
     assert "70.0" in said
     assert "mean of" not in said
+
+
+def test_seeds_that_come_twice_are_told_apart_in_table_and_plot(runs, capsys):
+    folder, _ = runs
+    for name in ("s0", "s1"):
+        shutil.copytree(folder / name, folder / f"r{name[1:]}")
+    names = ["s0", "s1", "r0", "r1"]
+    out = folder / "c.svg"
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        assert compare(*[folder / name for name in names], "--out", out) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "mean of 2, from s0" in said
+    assert "mean of 2, from r0" in said
+    assert ">2 seeds, from s0<" in out.read_text()
+    assert ">2 seeds, from r0<" in out.read_text()
 
 
 def test_runs_on_other_pictures_are_no_seeds_of_one_setting(runs, capsys):

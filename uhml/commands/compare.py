@@ -78,15 +78,16 @@ def table(runs: Sequence[RunRecord]) -> Table:
         figures = [run.frozen.get(recall), *(run.trained.get(score) for score in scores)] if recall else []
         shown.add_row(*map(escape, (name, *settings, *state)), steps, seconds, *map(_per_cent, figures))
     shown.add_section()
-    for group in groups_of_seeds(runs):
-        finished = [run for run in group if run.state == "finished"]
-        if len(finished) > 1 and scores:
-            others = [key for key in keys if key != SEED]
-            settings = [escape(_settings(group[0], others))] if keys else []
-            means = [with_deviation(spread(finished, score)) for score in scores]
-            shown.caption = "± is the standard deviation over seeds"
-            empty = [""] * (len(shown.columns) - 1 - len(settings) - len(means))
-            shown.add_row(f"mean of {len(finished)}", *settings, *empty, *means, style="bold")
+    groups = [[run for run in group if run.state == "finished"] for group in groups_of_seeds(runs)]
+    groups = [group for group in groups if len(group) > 1 and scores]
+    others = [key for key in keys if key != SEED]
+    of_groups = [_settings(group[0], others) for group in groups]
+    for group, said, again in zip(groups, of_groups, _beginnings(of_groups, runs, groups), strict=True):
+        settings = [escape(said)] if keys else []
+        means = [with_deviation(spread(group, score)) for score in scores]
+        shown.caption = "± is the standard deviation over seeds"
+        empty = [""] * (len(shown.columns) - 1 - len(settings) - len(means))
+        shown.add_row(f"mean of {len(group)}{escape(again)}", *settings, *empty, *means, style="bold")
     return shown
 
 
@@ -145,7 +146,16 @@ def _labels(runs: Sequence[RunRecord], groups: Sequence[Sequence[RunRecord]]) ->
         several = f"{len(group)} seeds" if len(group) > 1 else ""
         name = name_of[group[0].name] if not several or len(said) > 60 else said
         labels.append(", ".join(filter(None, (name, several))))
-    return labels
+    return [label + again for label, again in zip(labels, _beginnings(labels, runs, groups), strict=True)]
+
+
+def _beginnings(said: Sequence[str], runs: Sequence[RunRecord], groups: Sequence[Sequence[RunRecord]]) -> list[str]:
+    """Return what tells groups apart of which the same is said, as when a seed comes twice: the first run of each."""
+    name_of = dict(zip([run.name for run in runs], _names(runs), strict=True))
+    return [
+        f", from {name_of[group[0].name]}" if said.count(text) > 1 else ""
+        for text, group in zip(said, groups, strict=True)
+    ]
 
 
 def _plain(runs: Sequence[RunRecord]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from uhml import distributed, poincare
+from uhml.environment import one_thread_of_openblas
 from uhml.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class HyperbolicHead(nn.Module):
         self.register_buffer("mean", torch.zeros(num_features))
         self.register_buffer("scale", torch.ones(()))
         self.curvature, self.clip_radius = curvature, clip_radius
+        self._axes_told = embedding_dim
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features ``[b, num_features]`` to points of the ball ``[b, embedding_dim]``, float32."""
@@ -129,7 +131,9 @@ class HyperbolicHead(nn.Module):
         weight = self.linear.weight
         if init == "whitened_pca":
             # One rank's, so that a machine whose LAPACK rounds otherwise has no head of its own.
-            fitted = distributed.on_main(lambda: _whitening(moments, self.linear.out_features, whitening, ball))
+            fitted = distributed.on_main(lambda: _whitening(moments, self.linear.out_features, whitening))
+            if fitted is not None:
+                self._tell_of_lost_axes(fitted, moments.num_pictures, ball)
             weight.copy_(distributed.broadcast_from_main(fitted, weight.device))
         elif init == "orthogonal":
             nn.init.orthogonal_(weight)
@@ -138,8 +142,21 @@ class HyperbolicHead(nn.Module):
         mean_square = torch.einsum("ij,jk,ik->", weight.double(), covariance, weight.double())
         self.scale.copy_(start_norm * self.clip_radius / mean_square.sqrt().clamp_min(1e-12))
 
+    def _tell_of_lost_axes(self, fitted: Tensor, num_pictures: int, ball: str) -> None:
+        """Warn of axes that are zero; a head that is fitted again, only if they are not as many as before."""
+        num_axes = int(fitted.any(1).count_nonzero())
+        if num_axes not in (len(fitted), self._axes_told):
+            logger.warning(
+                "The %d training pictures differ along %d axes only, and %s has %d; the others start at 0.",
+                num_pictures,
+                num_axes,
+                ball,
+                len(fitted),
+            )
+        self._axes_told = num_axes
 
-def _whitening(moments: FeatureMoments, num_axes: int, power: float, ball: str) -> Tensor:
+
+def _whitening(moments: FeatureMoments, num_axes: int, power: float) -> Tensor:
     """Principal axes, each divided by a power of its standard deviation: ``[num_axes, num_features]``."""
     num_features = len(moments.mean)
     if num_axes > num_features:
@@ -148,21 +165,14 @@ def _whitening(moments: FeatureMoments, num_axes: int, power: float, ball: str) 
             "model.head_init=whitened_pca needs at most as many."
         )
     # Not torch's: its LAPACK routine gives up on some covariances of few pictures, most of whose axes are of no length.
-    found = scipy.linalg.eigh(moments.covariance.cpu(), subset_by_index=(num_features - num_axes, num_features - 1))
+    with one_thread_of_openblas():
+        found = scipy.linalg.eigh(moments.covariance.cpu(), subset_by_index=(num_features - num_axes, num_features - 1))
     variances, axes = (torch.from_numpy(array).flip(-1) for array in found)
     # eigh leaves each axis' sign open; fix it, so that every machine starts from the same head.
     signs = axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
     # Fewer pictures than axes leave axes along which none differ from another; dividing by their rounding errors
     # would turn them into the loudest of all. They start at zero and may be learned.
     weights = torch.where(variances > 1e-6 * variances[0], (variances / variances[0]).pow(-power / 2), 0.0)
-    if not weights.all():
-        logger.warning(
-            "The %d training pictures differ along %d axes only, and %s has %d; the others start at 0.",
-            moments.num_pictures,
-            int(weights.count_nonzero()),
-            ball,
-            num_axes,
-        )
     fitted = (axes * signs * weights).T
     # To the steps in which float32 tells numbers like the largest apart: what is finer, as all there is of a feature
     # that never varies, is LAPACK's rounding, and another with another number of threads.

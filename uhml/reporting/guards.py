@@ -8,6 +8,7 @@ from torch import Tensor
 
 from uhml import distributed, poincare
 from uhml.config import ModelConfig
+from uhml.environment import one_thread_of_openblas
 from uhml.model import FeatureMoments
 
 GUARDS = ("effective_rank", "radius_spread", "largest_cluster")
@@ -50,7 +51,8 @@ def watch(own_points: Tensor, levels: Tensor, config: ModelConfig) -> list[Guard
     """
     num_pictures = levels.shape[1]
     covariance = FeatureMoments.over_ranks(own_points).covariance.cpu()
-    singular = torch.from_numpy(scipy.linalg.eigvalsh(covariance)).clamp_min(0).sqrt()
+    with one_thread_of_openblas():
+        singular = torch.from_numpy(scipy.linalg.eigvalsh(covariance)).clamp_min(0).sqrt()
     shares = singular / singular.sum().clamp_min(1e-12)
     effective_rank = float(torch.special.entr(shares).sum().exp())
     radii = distributed.all_gather_shares(poincare.tangent_norm(own_points, config.curvature), num_pictures)
