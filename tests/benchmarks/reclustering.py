@@ -7,13 +7,15 @@
 Writes ``reclustering.json`` and prints a table. For each seed the four variants run in turn, each from scratch, in one
 process. A run's loop lasts from the beginning of its first step to the end of its last one: what is before, the first
 clustering, and after, the last one and the scores, is the same in all variants. The share is of this loop's time,
-of what is in none of its steps; a share at another ``hierarchy.recluster_every`` follows from the seconds of one
-re-clustering, for nearly all of it is that. Overlapped runs also take longer steps where the cores are shared, which
-the seconds of a step and of the loop tell.
+of what is in none of its steps. Some of that every step has, to fetch its batch; a run that never clusters again has
+it, too: the median over steps. The rest are the seconds of a re-clustering, from which the share at another
+``hierarchy.recluster_every`` follows. Overlapped runs also take longer steps where the cores are shared, which the
+seconds of a step and of the loop tell.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import shutil
 import statistics
@@ -61,11 +63,14 @@ def one(config, run_dir):
         return sum(b - a for a, b in spans.get(name, []) if began < a < ended)
 
     in_steps = sum(b - a for a, b in steps)
+    between = [after[0] - before[1] for before, after in itertools.pairwise(steps)]
+    fetching = statistics.median(between) * len(between)
     return {
         "loop_seconds": ended - began,
         "step_seconds": statistics.median(b - a for a, b in steps),
         "share_not_in_steps": 1 - in_steps / (ended - began),
-        "seconds_of_a_reclustering": (ended - began - in_steps) / max(1, num_reclusterings),
+        "share_fetching": fetching / (ended - began),
+        "seconds_of_a_reclustering": (sum(between) - fetching) / max(1, num_reclusterings),
         "num_reclusterings": num_reclusterings,
         "parts": {name: within(name) for name in ("save", *PARTS)},
         "run_seconds": result["seconds"],
@@ -103,11 +108,12 @@ def main():
         values = [factor * run[key] for run in runs]
         return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
-    print("| | not in steps, % | s a re-clustering | s a step | s of the loop | R@1 | MAP@R |")
-    print("|---|---|---|---|---|---|---|")
+    print("| | not in steps, % | fetching, % | s a re-clustering | s a step | s of the loop | R@1 | MAP@R |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, runs in found.items():
         times = [
             spread(runs, "share_not_in_steps"),
+            spread(runs, "share_fetching"),
             *(spread(runs, key, 1) for key in ("seconds_of_a_reclustering", "step_seconds", "loop_seconds")),
         ]
         print("|", " | ".join([name, *times, spread(runs, "recall_at_1"), spread(runs, "map_at_r")]), "|")
