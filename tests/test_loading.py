@@ -47,6 +47,7 @@ def _training(folder, num_workers, seed=0, steps=STEPS, num_views=2):
     torch.manual_seed(distributed.rank())  # the state of the global generator is nobody's seed
     with _batches(folder, num_workers, seed, num_views) as batches:
         images, pictures = zip(*batches.of_steps(steps, batch_of_step), strict=True)
+    assert len(images) == len(steps)
     return torch.stack(images), torch.stack(pictures)
 
 

@@ -341,8 +341,12 @@ def batches_left(
             assert state.levels is not None
             steps = range(state.step, next_levels_at(state.step, config))
             of_levels = batches.of_steps(steps, clusters_to_learn(state.levels, config))
-            for _ in steps:
-                yield next_together(of_levels)
+            for step in steps:
+                batch = next_together(of_levels)
+                if step == steps[-1] and (config.hierarchy.features == "fresh" or config.eval.at_reclustering):
+                    # Before the workers of an embedding start: a node need not hold both.
+                    batches.close()
+                yield batch
 
 
 def train_step(

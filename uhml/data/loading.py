@@ -101,9 +101,6 @@ class _RankBatches:
     def __init__(self, num_views: int) -> None:
         self.num_views = num_views
 
-    def __len__(self) -> int:
-        return len(self.steps)
-
     def __iter__(self) -> Iterator[list[_View]]:
         for step in self.steps:
             rows = np.repeat(self.batch_of_step(step), self.num_views)
@@ -113,7 +110,7 @@ class _RankBatches:
 
 
 class TrainingBatches:
-    """Makes this rank's part of the global batches, by workers that outlast a clustering; close it to end them.
+    """Makes this rank's part of the global batches, by workers that last from some steps to the next.
 
     Args:
         pictures: the training pictures.
@@ -146,7 +143,7 @@ class TrainingBatches:
         )
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers; the batches of other steps start new ones."""
         self._loader.close()
 
     def of_steps(

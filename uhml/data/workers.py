@@ -77,8 +77,7 @@ class Loader(DataLoader[Any]):
         super().__init__(_Tolerant(dataset), collate_fn=collate, worker_init_fn=interruption.leave_to_parent, **options)
 
     def __iter__(self) -> Generator[Any]:  # type: ignore[override]
-        waiting = self.persistent_workers and self._iterator is not None
-        if self.num_workers and not waiting:
+        if self.num_workers and self._iterator is None:
             give_back_freed_memory()
         batches: Any = None
         try:
