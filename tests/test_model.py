@@ -357,10 +357,22 @@ def test_nothing_in_a_torchvision_network_is_random_in_training(name):
     assert torch.equal(backbone(images), backbone(images))
 
 
+class SmallNetwork(nn.Module):
+    """A class of its own, like all of timm's and torchvision's networks: of a bare nn.Sequential torch 2.11 compiles
+    nothing."""
+
+    def __init__(self, width):
+        super().__init__()
+        layers = [nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images):
+        return self.layers(images).flatten(1)
+
+
 def small_embedder(width=4):
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1)]
-    backbone = Backbone(nn.Sequential(*layers, nn.Flatten()), (0.5,) * 3, (0.5,) * 3, 8)
+    backbone = Backbone(SmallNetwork(width), (0.5,) * 3, (0.5,) * 3, 8)
     return Embedder(backbone, HyperbolicHead(width, 2, 0.1, 2.3), None, "float32", "float32")
 
 

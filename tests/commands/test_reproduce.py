@@ -100,6 +100,17 @@ def test_what_is_done_is_not_done_again(reproduced, data, capsys):
     assert "train.num_steps: 2 -> 3" in capsys.readouterr().err
 
 
+@pytest.mark.ddp
+def test_two_ranks_score_what_one_does(reproduced, data, tmp_path):
+    out, _ = reproduced
+    assert again(data, tmp_path, "--nproc-per-node", "2", seeds="0") == 0
+    run = "cub200/ours/seed-0"
+    assert read_status(tmp_path / run).world_size == 2
+    one, two = (json.loads((folder / run / "result.json").read_text())["trained"] for folder in (out, tmp_path))
+    assert two["recall_at_k"] == one["recall_at_k"]
+    assert two["map_at_r"] == pytest.approx(one["map_at_r"])
+
+
 def test_a_failed_run_is_told_and_the_others_go_on(reproduced, data, tmp_path, capsys):
     out, _ = reproduced
     copy = tmp_path / "out"
