@@ -5,7 +5,8 @@
 Run it from the top of the repository. The rows of SimCLR and STML need lightly and a clone of STML's code, as rows.py
 says. Each row and seed is a run of its own in ``OUT/ROW/seed-S``; the same command again goes on where it stopped, and
 makes the table of what is there. Writes ``scoreboard.md``: per cent on unseen classes after the last step, the mean
-over seeds and its spread (standard deviation), and the command of each row.
+over seeds and its spread (standard deviation), the dendrogram purity of the training pictures' tree after training,
+and the command of each row.
 """
 
 import argparse
@@ -50,6 +51,11 @@ ROWS = {
     "stml": ("STML (official code), behind our head", "rows.py stml", []),
     "article": ("the article's plain setting", "uhml train", ARTICLE),
 }
+# What other methods leave to their users, without our head: a name, and where it is in the results.
+OWN = {
+    "simclr": ("SimCLR, its own features, cosine", "trained", "backbone"),
+    "stml": ("STML, its own embedding", "own"),
+}
 
 
 def command(row, args, seed, run_dir):
@@ -65,10 +71,7 @@ def cell(results, *path):
     """Mean and spread over seeds of ``recall_at_k[1]``, MAP@R and NMI."""
     found = [_at(result, path) for result in results]
     columns = [[s["recall_at_k"]["1"] for s in found], [s["map_at_r"] for s in found], [s["nmi"] for s in found]]
-    return " | ".join(
-        f"{100 * statistics.mean(c):.1f}" + (f" ± {100 * statistics.stdev(c):.1f}" if len(c) > 1 else "")
-        for c in columns
-    )
+    return " | ".join(map(_mean, columns))
 
 
 def _at(result, path):
@@ -77,24 +80,52 @@ def _at(result, path):
     return result
 
 
+def tree_cell(run_dirs):
+    """Mean and spread of the last tree's dendrogram purity, by classes and, where there are any, by super-classes."""
+    trees = [_last_tree(run_dir) for run_dir in run_dirs]
+    return " / ".join(
+        _mean([tree[key] for tree in trees])
+        for key in ("dendrogram_purity", "super_dendrogram_purity")
+        if all(key in tree for tree in trees)
+    )
+
+
+def _last_tree(run_dir):
+    log = run_dir / "metrics.jsonl"
+    if not log.exists():
+        return json.loads((run_dir / "result.json").read_text()).get("tree", {})
+    return [entry for entry in map(json.loads, log.read_text().splitlines()) if entry["kind"] == "hierarchy"][-1]
+
+
+def _mean(shares):
+    """Mean and, of more than one, standard deviation, in per cent."""
+    spread = f" ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
+    return f"{100 * statistics.mean(shares):.1f}{spread}"
+
+
 def table(args):
     """Markdown of all rows that there is a result of."""
-    lines = ["| row | seeds | R@1 | MAP@R | NMI | backbone's R@1 | seconds a run |", "|---|---|---|---|---|---|---|"]
-    results = {
-        row: [json.loads(path.read_text()) for path in sorted((args.out / row).glob("seed-*/result.json"))]
-        for row in ROWS
-    }
+    lines = [
+        "| row | seeds | R@1 | MAP@R | NMI | tree's purity | backbone's R@1 | seconds a run |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    run_dirs = {row: sorted(p.parent for p in (args.out / row).glob("seed-*/result.json")) for row in ROWS}
+    results = {row: [json.loads((d / "result.json").read_text()) for d in dirs] for row, dirs in run_dirs.items()}
     first = next((found for found in results.values() if found), None)
     if first:
-        lines.append(f"| frozen backbone, cosine | | {cell(first[:1], 'frozen')} | | |")
-        lines.append(f"| untrained: fitted head, ball | | {cell(results['ours'][:1] or first[:1], 'start')} | | |")
+        lines.append(f"| frozen backbone, cosine | | {cell(first[:1], 'frozen')} | | | |")
+        lines.append(f"| untrained: fitted head, ball | | {cell(results['ours'][:1] or first[:1], 'start')} | | | |")
     for row, found in results.items():
         if found:
             backbone = cell(found, "trained", "backbone").split(" | ")[0]
             seconds = statistics.median(result["seconds"] for result in found)
-            lines.append(f"| {ROWS[row][0]} | {len(found)} | {cell(found, 'trained')} | {backbone} | {seconds:.0f} |")
-            if row == "stml":
-                lines.append(f"| STML, its own embedding | {len(found)} | {cell(found, 'own')} | | |")
+            tree = "" if row.startswith("labels") else tree_cell(run_dirs[row])  # theirs is the labels themselves
+            lines.append(
+                f"| {ROWS[row][0]} | {len(found)} | {cell(found, 'trained')} | {tree} | {backbone} | {seconds:.0f} |"
+            )
+            if row in OWN:
+                name, *path = OWN[row]
+                lines.append(f"| {name} | {len(found)} | {cell(found, *path)} | | | |")
     lines.append("")
     for row in ROWS:
         typed = ["python", *command(row, args, "S", f"OUT/{row}/seed-S")]
