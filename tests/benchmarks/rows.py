@@ -38,6 +38,7 @@ from uhml.evaluate import score_unseen
 from uhml.hierarchy import average_linkage
 from uhml.hierarchy.geometry import Geometry
 from uhml.hierarchy.quality import dendrogram_purity
+from uhml.logs import to_terminal
 from uhml.metrics import Embedded, score
 from uhml.model import build_embedder
 from uhml.optim import build_optimizer, build_schedule
@@ -246,7 +247,8 @@ def main():
     parser.add_argument("--run-dir", type=Path, required=True)
     args = parser.parse_intermixed_args()
     if args.row in METHODS:
-        return train_other(METHODS[args.row], load_config(args.config, args.overrides), args.run_dir)
+        with to_terminal():
+            return train_other(METHODS[args.row], load_config(args.config, args.overrides), args.run_dir)
     run = {"labels": with_labels, "contrastive": with_contrastive}[args.row]
     return run([args.config, *args.overrides, "--run-dir", str(args.run_dir)])
 
