@@ -37,12 +37,12 @@ from uhml.embedding import embed_share
 from uhml.evaluate import score_unseen
 from uhml.hierarchy import average_linkage
 from uhml.hierarchy.geometry import Geometry
-from uhml.hierarchy.quality import dendrogram_purity
 from uhml.logs import to_terminal
 from uhml.metrics import Embedded, score
 from uhml.model import build_embedder
 from uhml.optim import build_optimizer, build_schedule
 from uhml.progress import progress
+from uhml.reporting.hierarchy import purities
 from uhml.run.reclustering import linkage_options
 
 
@@ -207,25 +207,19 @@ def train_other(method, config, run_dir):
     batches.close()
     model.projector = None
     model.eval()
-    uhml.train.start_head(model, splits.train, config)
+    features = uhml.train.start_head(model, splits.train, config)
+    with torch.inference_mode():
+        tree = average_linkage(model.head(features), **linkage_options(config))
     after = score_unseen(model, splits, config)
     result = {"frozen": asdict(before["backbone"]), "steps": config.train.num_steps}
     for when, scores in (("start", before), ("trained", after)):
         result[when] = asdict(scores["ball"]) | {name: asdict(scores[name]) for name in ("cosine", "backbone")}
-    result["tree"] = tree_purity(model, splits.train, config)
+    result["tree"] = purities(tree, splits.train)
     if method.embed is not None:
         result["own"] = asdict(score_own(method, model, splits.test, config))
     run_dir.mkdir(parents=True, exist_ok=True)
     result["seconds"] = round(time.monotonic() - started, 1)
     (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-
-
-def tree_purity(model, pictures, config):
-    """Return the dendrogram purity of the training pictures' tree, as ``uhml train`` records it of its own."""
-    points = embed_share(model, pictures, config, "embed train pictures")
-    tree = average_linkage(points, **linkage_options(config))
-    labels = {"": pictures.labels, "super_": pictures.super_labels}
-    return {f"{name}dendrogram_purity": dendrogram_purity(tree, of) for name, of in labels.items() if of is not None}
 
 
 @torch.inference_mode()

@@ -50,15 +50,20 @@ def show_hierarchy(
     sizes = [np.bincount(level) for level in levels]
     tops = draw_top(tree, f"Step {step}: the top of the tree of {tree.num_points:,} pictures", [*map(len, sizes)])
     batches = draw_batch(batch, levels, pictures, f"Step {step}: clusters of a batch of {batch.size:,} pictures")
-    labels = {"": pictures.labels, "super_": pictures.super_labels}
     return ShownHierarchy(
         levels.shape[1],
         sizes,
         [draw_clusters(level, pictures).numpy() for level in levels],
         _painted(tops),
         _painted(batches),
-        {f"{name}dendrogram_purity": dendrogram_purity(tree, of) for name, of in labels.items() if of is not None},
+        purities(tree, pictures),
     )
+
+
+def purities(tree: Dendrogram, pictures: Pictures) -> dict[str, float]:
+    """Return the dendrogram purity by each kind of the pictures' labels, by its name in ``metrics.jsonl``."""
+    labels = {"": pictures.labels, "super_": pictures.super_labels}
+    return {f"{name}dendrogram_purity": dendrogram_purity(tree, of) for name, of in labels.items() if of is not None}
 
 
 def _painted(figure: Figure) -> NDArray[np.uint8]:
