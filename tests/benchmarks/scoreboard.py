@@ -142,8 +142,11 @@ def main():
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--article-cuts", default="[98,50,10]", help="numbers of clusters, for the article's setting")
     args = parser.parse_intermixed_args()
+    rows = args.rows.split(",")
+    if unknown := [row for row in rows if row not in ROWS]:
+        parser.error(f"--rows: there is no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
     for seed in args.seeds.split(","):
-        for row in args.rows.split(","):
+        for row in rows:
             run_dir = args.out / row / f"seed-{seed}"
             if (run_dir / "result.json").exists():
                 continue
