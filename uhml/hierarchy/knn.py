@@ -11,8 +11,10 @@ from uhml.progress import progress
 # Candidates beyond the asked-for k that the search hands over to be put in order.
 SPARE = 4
 QUERIES_PER_BLOCK = 65536
-# Few enough that the pairs' coordinates stay in the cache.
-QUERIES_PER_ORDERING = 256
+# Coordinates of pairs that are float64 at a time. On a CPU 8 MiB: more of them the C library gives back to the system
+# each time, so that putting candidates in order takes longer than finding them.
+COORDINATES_PER_ORDERING = 2**20
+COORDINATES_PER_ORDERING_ON_A_GPU = 2**24
 # Points whose true neighbours are found, to measure the recall of approximate search.
 NUM_MEASURED = 1024
 
@@ -89,7 +91,9 @@ class _Base:
             measured = measured.to(points.device)
             true_ids, _ = self.neighbors(points[measured], ids[measured])
             true = torch.searchsorted(ids, true_ids.contiguous())
-            self._search, self._is_exact = approximate_search(lifted, measured, true, min_recall, geometry), False
+            found = approximate_search(lifted, measured, true, min_recall, geometry)
+            if found is not None:
+                self._search, self._is_exact = found, False
 
     def neighbors(self, queries: Tensor, query_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ids and gaps, ``[m, k]``, of the points nearest to ``[m, d]`` queries."""
@@ -114,8 +118,11 @@ class _Base:
     def _ordered(self, queries: Tensor, query_ids: Tensor, weights: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ids and gaps of the ``[m, k]`` nearest of ``[m, k + 1 + SPARE]`` candidates."""
         ids, gaps = self._ids[positions], weights.new_empty(positions.shape)
-        for start in range(0, len(queries), QUERIES_PER_ORDERING):
-            block = slice(start, start + QUERIES_PER_ORDERING)
+        on_cpu = queries.device.type == "cpu"
+        coordinates = COORDINATES_PER_ORDERING if on_cpu else COORDINATES_PER_ORDERING_ON_A_GPU
+        step = max(1, coordinates // (positions.shape[1] * queries.shape[1]))
+        for start in range(0, len(queries), step):
+            block = slice(start, start + step)
             at = positions[block]
             # Position -1 stands for any point till it is masked.
             near = self._points.index_select(0, at.flatten().clamp(min=0)).view(*at.shape, -1)
