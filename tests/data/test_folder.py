@@ -57,6 +57,7 @@ def test_links_are_followed_but_not_round_and_round(tmp_path, draw):
     draw(tmp_path / "root", "b/1.png")
     (tmp_path / "root" / "a").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "root" / "b" / "up").symlink_to(tmp_path / "root")
+    (tmp_path / "root" / "b" / "all the way up").symlink_to("/")
     splits = load_splits("folder", tmp_path / "root")
     assert splits.train.class_names == ("a",)
     assert len(splits.test) == 1

@@ -38,8 +38,9 @@ def folder(root: Path | None) -> Splits:
         raise UserError(f"data.root={root} is no folder; data.dataset=folder expects one with pictures.")
     paths = pictures_below(root, f"data.root={root}")
     base = common_folder(paths)
-    inside = [path[len(base) :].lstrip(os.sep).split(os.sep, 1) for path in paths]
-    loose = [path for path, parts in zip(paths, inside, strict=True) if len(parts) == 1]
+    # Strings alone: for a million lists Python's garbage collector would take longer than all of this.
+    inside = [path[len(base) :].lstrip(os.sep) for path in paths]
+    loose = [path for path, name in zip(paths, inside, strict=True) if os.sep not in name]
     if loose:
         if len(loose) < len(paths):
             logger.warning(
@@ -49,7 +50,7 @@ def folder(root: Path | None) -> Splits:
                 loose[0],
             )
         return Splits(train=Pictures(paths=paths))
-    classes = [parts[0] for parts in inside]
+    classes = [name.partition(os.sep)[0] for name in inside]
     if {name.lower() for name in classes} <= PARTS:
         raise UserError(
             f"The folders in {base or os.curdir} are named {', '.join(sorted(set(classes)))}: parts of a data set, not "
@@ -87,13 +88,13 @@ def pictures_below(root: Path, said: str) -> list[str]:
 def files_below(root: Path) -> Iterator[str]:
     """Yield the files below ``root`` that are not hidden. Links are followed, but not back up."""
     for where, folders, files in os.walk(root, followlinks=True):
-        here = os.path.realpath(where) + os.sep
-        folders[:] = [
-            name for name in folders if not name.startswith(".") and not _leads_up(os.path.join(where, name), here)
-        ]
-        inside = "" if where == os.curdir else where.removeprefix(os.curdir + os.sep)
-        yield from (os.path.join(inside, name) for name in files if not name.startswith("."))
+        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_up(where, name)]
+        inside = "" if where == os.curdir else os.path.join(where.removeprefix(os.curdir + os.sep), "")
+        yield from (inside + name for name in files if not name.startswith("."))
 
 
-def _leads_up(folder: str, here: str) -> bool:
-    return os.path.islink(folder) and here.startswith(os.path.realpath(folder) + os.sep)
+def _leads_up(where: str, name: str) -> bool:
+    inside = os.path.join(where, name)
+    return os.path.islink(inside) and os.path.join(os.path.realpath(where), "").startswith(
+        os.path.join(os.path.realpath(inside), "")
+    )
