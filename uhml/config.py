@@ -189,7 +189,7 @@ class HierarchyConfig:
 
     min_recall: Share = 0.9
     """With more pictures: the share of the true neighbours to find at least, measured on a sample of them. Lower is
-    faster."""
+    faster. Where nothing would be faster, as among points without any structure, all pairs are looked at."""
 
     cut_by: Literal["counts", "heights", "quantiles"] = "quantiles"
     """What hierarchy.cuts gives for each level: a number of clusters, a height of the tree (the article's delta), or
