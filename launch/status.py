@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from rich.table import Table
 from launch.overview import View, look, readable
 from launch.record import SweepRecord, read_record
 from uhml.errors import UserError, did_you_mean
+from uhml.reporting.runs import SEED, Spread
 
 EXAMPLES = """\
 examples:
@@ -21,7 +21,6 @@ examples:
 """
 
 STYLES = {"finished": "green", "running": "bold", "failed": "red", "lost": "red", "cancelled": "yellow"}
-SEED = "train.seed"
 EMBEDDINGS = ("frozen", "untrained", "trained")
 
 
@@ -116,10 +115,5 @@ def _results(folder: Path, sweep: SweepRecord, views: Sequence[View]) -> Table:
         for others, group in groups.items():
             named = iter(others)
             shown = [f"{len(group)} seeds" if key == SEED else next(named) for key in keys]
-            table.add_row(*shown, *[_mean_and_spread([run[name] for run in group]) for name in EMBEDDINGS])
+            table.add_row(*shown, *[Spread.of([run[name] for run in group]).text() for name in EMBEDDINGS])
     return table
-
-
-def _mean_and_spread(scores: Sequence[float]) -> str:
-    mean = f"{100 * statistics.fmean(scores):.1f}"
-    return f"{mean} ± {100 * statistics.stdev(scores):.1f}" if len(scores) > 1 else mean

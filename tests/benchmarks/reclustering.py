@@ -25,6 +25,7 @@ from pathlib import Path
 
 import uhml.train
 from uhml.config import load_config
+from uhml.reporting.runs import Spread
 
 PARTS = ("embed_to_cluster", "cluster_in_background", "average_linkage_over_ranks", "take_hierarchy", "swap_hierarchy")
 
@@ -105,8 +106,7 @@ def main():
     shutil.rmtree(args.out / "run")
 
     def spread(runs, key, factor=100):
-        values = [factor * run[key] for run in runs]
-        return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+        return Spread.of([run[key] for run in runs]).text(factor)
 
     print("| | not in steps, % | fetching, % | s a re-clustering | s a step | s of the loop | R@1 | MAP@R |")
     print("|---|---|---|---|---|---|---|---|")

@@ -34,6 +34,7 @@ from uhml.data.loading import TrainingBatches
 from uhml.data.transforms import training_transform
 from uhml.data.verify import list_pictures, readable_pictures
 from uhml.embedding import embed_share
+from uhml.errors import UserError
 from uhml.evaluate import score_unseen
 from uhml.hierarchy import average_linkage
 from uhml.hierarchy.geometry import Geometry
@@ -242,7 +243,10 @@ def main():
     args = parser.parse_intermixed_args()
     if args.row in METHODS:
         with to_terminal():
-            return train_other(METHODS[args.row], load_config(args.config, args.overrides), args.run_dir)
+            try:
+                return train_other(METHODS[args.row], load_config(args.config, args.overrides), args.run_dir)
+            except UserError as e:
+                parser.error(str(e))
     run = {"labels": with_labels, "contrastive": with_contrastive}[args.row]
     return run([args.config, *args.overrides, "--run-dir", str(args.run_dir)])
 

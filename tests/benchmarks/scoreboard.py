@@ -17,6 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from uhml.reporting.runs import Spread
+
 ARTICLE = [
     "model.projector=false",
     "model.pooling=default",
@@ -71,7 +73,7 @@ def cell(results, *path):
     """Mean and spread over seeds of ``recall_at_k[1]``, MAP@R and NMI."""
     found = [_at(result, path) for result in results]
     columns = [[s["recall_at_k"]["1"] for s in found], [s["map_at_r"] for s in found], [s["nmi"] for s in found]]
-    return " | ".join(map(_mean, columns))
+    return " | ".join(Spread.of(column).text() for column in columns)
 
 
 def _at(result, path):
@@ -84,7 +86,7 @@ def tree_cell(run_dirs):
     """Mean and spread of the last tree's dendrogram purity, by classes and, where there are any, by super-classes."""
     trees = [_last_tree(run_dir) for run_dir in run_dirs]
     return " / ".join(
-        _mean([tree[key] for tree in trees])
+        Spread.of([tree[key] for tree in trees]).text()
         for key in ("dendrogram_purity", "super_dendrogram_purity")
         if all(key in tree for tree in trees)
     )
@@ -95,12 +97,6 @@ def _last_tree(run_dir):
     if not log.exists():
         return json.loads((run_dir / "result.json").read_text()).get("tree", {})
     return [entry for entry in map(json.loads, log.read_text().splitlines()) if entry["kind"] == "hierarchy"][-1]
-
-
-def _mean(shares):
-    """Mean and, of more than one, standard deviation, in per cent."""
-    spread = f" ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
-    return f"{100 * statistics.mean(shares):.1f}{spread}"
 
 
 def table(args):

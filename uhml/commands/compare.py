@@ -210,8 +210,4 @@ def _per_cent(share: float | None) -> str:
 
 def with_deviation(found: Spread | None) -> str:
     """Return a spread in per cent, "70.0 ± 1.2"; an empty text for None."""
-    if found is None:
-        return ""
-    return (
-        _per_cent(found.mean) if found.deviation is None else f"{_per_cent(found.mean)} ± {_per_cent(found.deviation)}"
-    )
+    return "" if found is None else found.text()

@@ -119,14 +119,22 @@ class Spread(NamedTuple):
     mean: float
     deviation: float | None
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Return the spread of one value or more."""
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+    def text(self, factor: float = 100) -> str:
+        """Return "70.0 ± 1.2", by default in per cent."""
+        mean = f"{factor * self.mean:.1f}"
+        return mean if self.deviation is None else f"{mean} ± {factor * self.deviation:.1f}"
+
 
 def spread(group: Sequence[RunRecord], score: str, kind: Scored = "trained") -> Spread | None:
     """Return the spread of a score over the finished runs; None where none has it."""
     scores = [getattr(run, kind) for run in group if run.state == "finished"]
     values = [found[score] for found in scores if score in found]
-    if not values:
-        return None
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+    return Spread.of(values) if values else None
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
