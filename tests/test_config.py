@@ -50,7 +50,8 @@ def test_every_config_that_comes_with_uhml_is_right(path, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", world_size)
         load_config(path, ["data.root=/some/where"])
     assert config.clusters_per_batch >= 2
-    layouts = {"quickstart": "glyphs", "omniglot": "sop"}  # the others are named after their data set
+    # The others are named after their data set.
+    layouts = {"quickstart": "glyphs", "omniglot": "sop", "cars196-small": "cars196"}
     assert config.data.dataset == layouts.get(path.stem, path.stem)
     if config.data.dataset != "glyphs":
         assert "data.root is missing" in refusal(path)

@@ -348,12 +348,13 @@ class Config:
         return self.train.global_batch_size // (self.mining.pictures_per_cluster * self.mining.num_views)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, needs_root: bool = True) -> Config:
     """Read a config file, apply ``section.key=value`` overrides, and check all of it.
 
     Args:
         path: a YAML file.
         overrides: as typed, values in YAML: ``["train.num_steps=100", "hierarchy.cuts=[50,10]"]``.
+        needs_root: refuse a data set of files without ``data.root``.
 
     Raises:
         UserError: anything unknown, out of range or contradictory, by the name the user typed.
@@ -373,7 +374,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError, OSError) as e:
         raise UserError(f"{path} and the overrides are no valid YAML mapping: {' '.join(str(e).split())}") from e
     # The environment says how many ranks there will be before there is a process group.
-    return parse_config(cast(dict[Any, Any], raw), str(path), place().world_size)
+    return parse_config(cast(dict[Any, Any], raw), str(path), place().world_size, needs_root)
 
 
 def _other_configs(path: Path) -> str:
@@ -384,19 +385,17 @@ def _other_configs(path: Path) -> str:
     return f" There are {', '.join(map(str, others.values()))}." if others else ""
 
 
-def parse_config(raw: dict[Any, Any], source: str, num_ranks: int = 1) -> Config:
+def parse_config(raw: dict[Any, Any], source: str, num_ranks: int = 1, needs_root: bool = True) -> Config:
     """Build the checked config from plain nested dictionaries; ``source`` names them in messages.
 
-    ``num_ranks`` is how many are to train by it: a network that is trained may be used on any number.
-
-    Raises:
-        UserError: as :func:`load_config`.
+    ``num_ranks`` is how many are to train by it: a network that is trained may be used on any number. The rest is as
+    for :func:`load_config`.
     """
     try:
         config = TypeAdapter(Config).validate_python(raw)
     except pydantic.ValidationError as e:
         raise UserError(_explain(e, source)) from e
-    problems = list(_contradictions(config, num_ranks))
+    problems = list(_contradictions(config, num_ranks, needs_root))
     if problems:
         raise UserError(" ".join(problems))
     return config
@@ -505,7 +504,7 @@ def _section_of(word: str) -> str:
     return ""
 
 
-def _contradictions(config: Config, num_ranks: int) -> Iterator[str]:
+def _contradictions(config: Config, num_ranks: int, needs_root: bool) -> Iterator[str]:
     """Yield a sentence for each pair of options that cannot go together."""
     data, hierarchy, mining, train = config.data, config.hierarchy, config.mining, config.train
     per_cluster = mining.pictures_per_cluster * mining.num_views
@@ -521,7 +520,7 @@ def _contradictions(config: Config, num_ranks: int) -> Iterator[str]:
         )
     if train.global_batch_size % num_ranks:
         yield f"train.global_batch_size={train.global_batch_size} must be a multiple of the {num_ranks} ranks."
-    if data.dataset != "glyphs" and data.root is None:
+    if needs_root and data.dataset != "glyphs" and data.root is None:
         what = "file with the list" if data.dataset == "list" else "folder"
         yield f"data.root is missing: give the {what} of data.dataset={data.dataset}, as in data.root=/path/to/it."
     if data.reduce_to is not None and data.reduce_to < data.image_size:

@@ -1,7 +1,6 @@
 """Does the input keep up with the step? Views a second of loader, step and both, from files and from the cache.
 
-    python tests/benchmarks/input.py --out results/input configs/cars196.yaml data.root=cars196 data.image_size=96 \\
-        train.global_batch_size=96
+    python tests/benchmarks/input.py --out results/input configs/cars196-small.yaml data.root=cars196
 
 Writes ``input.json`` and ``input.png``, and prints two tables. Repeats of all take turns, and medians are shown.
 

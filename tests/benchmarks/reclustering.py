@@ -1,8 +1,8 @@
 """What re-clustering costs and brings: fresh features or the bank, waiting or overlapped, on one config.
 
     python tests/benchmarks/reclustering.py --out results/reclustering configs/quickstart.yaml
-    python tests/benchmarks/reclustering.py --out results/cars --seeds 0 configs/cars196.yaml data.root=cars196 \\
-        data.image_size=96 train.global_batch_size=96 train.num_steps=200 data.score_on=validation
+    python tests/benchmarks/reclustering.py --out results/cars --seeds 0 configs/cars196-small.yaml \\
+        data.root=cars196 data.score_on=validation
 
 Writes ``reclustering.json`` and prints a table. For each seed the four variants run in turn, each from scratch, in one
 process. A run's loop lasts from the beginning of its first step to the end of its last one: what is before, the first

@@ -1,6 +1,6 @@
 """Runs beside ours on the scoreboard: other levels, another loss, other methods; same backbone, pictures and steps.
 
-    python tests/benchmarks/rows.py labels configs/cars196.yaml data.root=... --run-dir results/labels
+    python tests/benchmarks/rows.py labels configs/cars196-small.yaml data.root=... --run-dir results/labels
 
 "labels" and "contrastive" are ``uhml train`` with one part replaced. "simclr" is lightly's head and loss
 (``pip install lightly``); "stml" is the loss and the teacher of STML's official code, from a clone of

@@ -1,6 +1,6 @@
 """How a training step scales over ranks: in time, in bytes on the wire, and in memory.
 
-    python tests/benchmarks/scaling.py --out results/scaling configs/cars196.yaml data.root=. data.image_size=96
+    python tests/benchmarks/scaling.py --out results/scaling configs/cars196-small.yaml data.root=.
 
 Launches ranks by torchrun, with gloo, and has them take the trainer's steps on made pictures. Writes ``scaling.json``
 and ``scaling.png``, and prints the tables.

@@ -1,6 +1,6 @@
 """The scoreboard: frozen, untrained, the ceiling, ours, ours with parts taken out, and what else one could pick.
 
-    python tests/benchmarks/scoreboard.py --out results/cars configs/cars196.yaml data.root=cars196 data.image_size=96
+    python tests/benchmarks/scoreboard.py --out results/cars configs/cars196-small.yaml data.root=cars196
 
 Run it from the top of the repository. The rows of SimCLR and STML need lightly and a clone of STML's code, as rows.py
 says. Each row and seed is a run of its own in ``OUT/ROW/seed-S``; the same command again goes on where it stopped, and

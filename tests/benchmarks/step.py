@@ -1,6 +1,6 @@
 """What a training step costs beyond its backbone, and what the loss takes as the batch grows.
 
-    python tests/benchmarks/step.py --out results/step configs/cars196.yaml data.root=cars196 data.image_size=96
+    python tests/benchmarks/step.py --out results/step configs/cars196-small.yaml data.root=cars196
 
 Writes ``step.json`` and ``loss.png``, and prints both tables. All times are medians, of processor time of one thread.
 

@@ -1,7 +1,6 @@
 """What each switch of computing brings and costs on this machine.
 
-    python tests/benchmarks/switches.py --out results/switches configs/cars196.yaml data.root=cars196 \\
-        data.image_size=96 train.global_batch_size=96
+    python tests/benchmarks/switches.py --out results/switches configs/cars196-small.yaml data.root=cars196
 
 Writes ``switches.json`` and ``switches.png``, and prints the table. Each row is a process of its own, with one thread
 on a CPU, and takes turns with the plain one: float32, uncompiled, all at once, fused AdamW, channels last. The columns:

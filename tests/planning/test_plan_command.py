@@ -79,6 +79,7 @@ def test_what_cannot_fit_is_refused_by_the_option_to_change(words, overrides, op
     ("arguments", "words_of_refusal"),
     [
         (["data.root=/nowhere"], "--pictures"),
+        (["data.root=null"], "--pictures"),
         (["--gpus-per-node", "3"], "train.global_batch_size=16 must be a multiple of the 3 ranks"),
         (["train.global_batch_size=96"], "of 24 training pictures train.global_batch_size=48 is the largest"),
         (["modl.backbone=x"], "model"),
@@ -91,8 +92,9 @@ def test_mistakes_are_told_before_anything_is_measured(words, arguments, words_o
     assert "Measuring" not in said.err
 
 
-def test_pictures_that_are_elsewhere_are_planned_for_by_their_number(words, capsys):
-    assert cli.main(["plan", *words, "data.root=/nowhere", "--pictures", "5000", "--json"]) == 0
+@pytest.mark.parametrize("root", ["/nowhere", "null"])
+def test_pictures_that_are_elsewhere_are_planned_for_by_their_number(root, words, capsys):
+    assert cli.main(["plan", *words, f"data.root={root}", "--pictures", "5000", "--json"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["sizes"] == {"train": 5000, "test": 0, "gallery": 0}
     assert "The pictures are not here" in said.err

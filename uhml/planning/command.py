@@ -36,9 +36,9 @@ EXAMPLES = """\
 examples:
   uhml plan configs/quickstart.yaml
   uhml plan configs/sop.yaml data.root=/data/sop --nodes 2 --gpus-per-node 8 --gpu h100
-  uhml plan configs/folder.yaml data.root=/all --gpu h200 --nodes 8 --gpus-per-node 8 --pictures 100000000 --json
+  uhml plan configs/sop.yaml --pictures 100000000 --nodes 8 --gpus-per-node 8 --gpu h200 --json
 
-Where the pictures are not here, give their number; others of 500 x 375 pixels are read instead of them.
+Where the pictures are not here, leave out data.root and give their number; others of 500 x 375 pixels are read instead.
 """
 
 # Pictures to calibrate with, if a batch does not take more.
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: the config is not usable, or what it asks for cannot fit.
     """
     ranks = Ranks(nodes=args.nodes, per_node=args.gpus_per_node)
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides, needs_root=False)
     if config.train.global_batch_size % ranks.world_size:
         raise UserError(
             f"train.global_batch_size={config.train.global_batch_size} must be a multiple of the {ranks.world_size} "
