@@ -4,6 +4,7 @@ import http.client
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -68,6 +69,26 @@ def test_the_server_shows_the_page_to_this_machine_alone(tmp_path):
         with pytest.raises(UserError, match=f"--serve {port}: cannot listen there"):
             server(page, port)
         listening.shutdown()
+
+
+def test_a_reader_that_goes_leaves_no_traceback(tmp_path, capfd):
+    page = tmp_path / "page.html"
+    page.write_text("<p>")
+    with server(page, 0) as listening:
+        # So that the end of this waits for what they do.
+        listening.daemon_threads = False
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        with socket.create_connection(listening.server_address) as reader:
+            reader.sendall(b"GET / HT")
+            # Closed by a reset, as when a program is killed.
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        # Answered after the first is taken: they come in a queue.
+        following = http.client.HTTPConnection(*listening.server_address, timeout=30)
+        following.request("GET", "/")
+        assert following.getresponse().read() == b"<p>"
+        following.close()
+        listening.shutdown()
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.slow

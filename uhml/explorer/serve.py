@@ -41,6 +41,11 @@ def server(page: Path, port: int) -> ThreadingHTTPServer:
 
 def _handler(page: Path) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            # The reader may go at any time, and browsers open connections that they never use.
+            with contextlib.suppress(ConnectionError):
+                super().handle()
+
         def do_GET(self) -> None:
             # A name that somebody else's site has made to mean this machine must not let that site read the page.
             host = self.headers.get("Host", "").rpartition(":")[0]
@@ -52,9 +57,7 @@ def _handler(page: Path) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            # The reader may have gone.
-            with contextlib.suppress(ConnectionError):
-                self.wfile.write(content)
+            self.wfile.write(content)
 
         def log_message(self, format: str, *args: object) -> None:
             pass
