@@ -93,15 +93,19 @@ class ClusterBatches:
     def _with_relatives(self, random: np.random.Generator, clusters: NDArray[np.int64]) -> NDArray[np.int64]:
         """Put relatives behind each of the clusters, in proportion to their size; the last ones drawn give way."""
         chosen: list[int] = []
+        is_free = self.weights > 0
         for cluster in clusters:
-            if cluster in chosen:
+            if not is_free[cluster]:
                 continue
-            start, end = self.families[:, cluster]
-            others = np.setdiff1d(start + np.flatnonzero(self.weights[start:end]), [cluster, *chosen])
             chosen.append(cluster)
+            is_free[cluster] = False
+            start, end = self.families[:, cluster]
+            others = start + np.flatnonzero(is_free[start:end])
             if number := min(self.clusters_together - 1, len(others)):
                 weights = self.weights[others]
-                chosen += random.choice(others, number, replace=False, p=weights / weights.sum()).tolist()
+                relatives = random.choice(others, number, replace=False, p=weights / weights.sum())
+                chosen += relatives.tolist()
+                is_free[relatives] = False
         return np.array(chosen[: self.num_clusters])
 
     def _draw(self, random: np.random.Generator, start: int, end: int) -> NDArray[np.int64]:
