@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from reference import assert_valid, partition
 
 from uhml.errors import UserError
-from uhml.hierarchy import Dendrogram
+from uhml.hierarchy import Dendrogram, average_linkage
 from uhml.hierarchy.dendrogram import Merges
 from uhml.hierarchy.quality import dendrogram_purity
 
@@ -50,6 +50,28 @@ def test_finest_first_whatever_the_order():
 
 def test_more_clusters_than_points_are_as_many_as_points():
     assert random_tree(0, 5).cut(counts=[99]).tolist() == [[0, 1, 2, 3, 4]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 40), st.floats(0, 1))
+def test_cuts_by_quantiles_are_numpys_where_heights_differ(seed, n, quantile):
+    tree = random_tree(seed, n)
+    assert len(np.unique(tree.heights)) == n - 1
+    by_height = tree.cut(heights=[float(np.quantile(tree.heights, quantile, method="lower"))])
+    assert torch.equal(tree.cut(quantiles=[quantile]), by_height)
+
+
+def test_quantiles_tell_apart_the_merges_of_a_graphs_parts():
+    """Fifty groups that nothing links: joined at one height, and still a tenth as many clusters at the quantile 0.9."""
+    middle = 100 * torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    points = middle.repeat_interleave(6, 0) + torch.randn(300, 3, generator=torch.Generator().manual_seed(1))
+    tree = average_linkage(points, geometry="euclidean", num_neighbors=5)
+    assert (tree.heights == tree.heights[-1]).sum() == 49
+    cuts = tree.cut(quantiles=[0.5, 0.9, 0.95, 1])
+    assert [int(level.max()) + 1 for level in cuts] == [150, 31, 16, 1]
+    # Below the top, equal heights go together: copies of a picture are one cluster.
+    copies = average_linkage(torch.arange(20.0).repeat_interleave(3)[:, None] ** 2, geometry="euclidean")
+    assert int(copies.cut(quantiles=[0.1])[0].max()) + 1 == 20
 
 
 @pytest.mark.parametrize(

@@ -312,6 +312,24 @@ def test_options_refused(options, message):
         average_linkage(torch.zeros(3, 2), **options)
 
 
+def test_what_was_read_from_files_counts_as_free(tmp_path, monkeypatch):
+    """A container of 3 GiB, 2 of which are taken: half of that by files that were read, and are no longer needed."""
+    gib = 2**30
+    v1 = tmp_path / "memory"
+    v1.mkdir()
+    for folder, names, prefix in (
+        (tmp_path, ("memory.max", "memory.current"), ""),
+        (v1, ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"),
+    ):
+        monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+        for name, value in zip(names, (3 * gib, 2 * gib), strict=True):
+            (folder / name).write_text(f"{value}\n")
+        (folder / "memory.stat").write_text(f"anon 7\n{prefix}inactive_file {gib}\n{prefix}active_file 9\n")
+        assert memory.available(torch.device("cpu")) == 2 * gib
+        (folder / names[0]).write_text("max\n")
+        assert memory.available(torch.device("cpu")) > 0
+
+
 def test_dense_stops_where_memory_would():
     with pytest.raises(UserError, match=r"mode=dense on 30,001 points .* Use mode=exact or mode=graph"):
         average_linkage(torch.zeros(30_001, 1), mode="dense")

@@ -21,9 +21,10 @@ from uhml.explorer.levels import central_and_unusual, heights, level_counts, sho
 from uhml.explorer.sheets import COLUMNS, PER_SHEET, choose_look, sheets
 from uhml.explorer.sources import Source, short_names
 from uhml.files import opened_aside
-from uhml.hierarchy import Dendrogram, average_linkage
+from uhml.hierarchy import average_linkage
 from uhml.hierarchy.geometry import Geometry
 from uhml.hierarchy.knn import nearest_neighbors
+from uhml.run.reclustering import linkage_options
 from uhml.trained import Trained
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def contents(trained: Trained, source: Source, embeddings: Tensor, max_pictures:
     pictures, curvature = source.pictures, trained.config.model.curvature
     geometry = Geometry("poincare", curvature)
     points = geometry.points(embeddings)
-    tree = source.trees.get(trained.step) or _cluster(trained, embeddings)
+    tree = source.trees.get(trained.step) or average_linkage(embeddings, **linkage_options(trained.config))
     drawing = draw(tree, points, geometry)
     shown = drawing.order
     if len(shown) > max_pictures:
@@ -132,20 +133,6 @@ def contents(trained: Trained, source: Source, embeddings: Tensor, max_pictures:
         "steps": [{"step": step, "levels": [_name_level(row) for row in rows]} for step, rows in levels.items()],
     }
     return Contents(shown, meta, arrays)
-
-
-def _cluster(trained: Trained, embeddings: Tensor) -> Dendrogram:
-    """Cluster the pictures as the run clusters those that it trains on."""
-    options = trained.config.hierarchy
-    return average_linkage(
-        embeddings,
-        mode=options.mode,
-        geometry=options.geometry,
-        curvature=trained.config.model.curvature,
-        num_neighbors=options.num_neighbors,
-        exact_search_up_to=options.exact_search_up_to,
-        min_recall=options.min_recall,
-    )
 
 
 def _neighbors(points: Tensor, shown: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:

@@ -36,7 +36,9 @@ Which to use?
   and meant as the reference for small sets.
 
 Points that are equal are one point of greater weight. The tree is the same on every run, for any number of threads and
-ranks; where distances tie, an arbitrary but fixed order decides.
+ranks; where distances tie, an arbitrary but fixed order decides. There is one exception: points too many to be searched
+exactly and too large to be held by every rank are put into cells by each rank for its share, so that another number of
+ranks finds another nine tenths (``min_recall``) of the neighbours.
 """
 
 from uhml.hierarchy.dendrogram import Dendrogram

@@ -76,8 +76,9 @@ def run(args: argparse.Namespace) -> None:
     """
     # What can be wrong is looked at before the long work.
     embeddings = _load(args.embeddings)
-    if embeddings.dtype.kind != "f":
-        raise UserError(f"{args.embeddings} holds {embeddings.dtype}; embeddings are floats.")
+    if embeddings.dtype.kind != "f" or embeddings.dtype.itemsize > 8:
+        raise UserError(f"{args.embeddings} holds {embeddings.dtype}; embeddings are floats of at most 64 bits.")
+    embeddings = embeddings.astype(embeddings.dtype.newbyteorder("="), copy=False)
     labels = _load(args.labels) if args.labels else None
     if labels is not None and (labels.ndim != 1 or embeddings.ndim != 2 or len(labels) != len(embeddings)):
         raise UserError(

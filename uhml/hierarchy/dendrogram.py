@@ -110,7 +110,8 @@ class Dendrogram:
         Args:
             counts: numbers of clusters, each at least 1; more than n means n.
             heights: merges up to and including this height are made.
-            quantiles: the same with quantiles, in [0, 1], of the n - 1 merge heights.
+            quantiles: the same with quantiles, in [0, 1], of the n - 1 merge heights. At the greatest height, at which
+                parts of a graph are joined, however many, only so many merges are made as make up the quantile.
 
         Returns:
             ``[K, n]`` int32 ids of clusters, on the CPU; in each cut they count 0, 1, ... in the order of the
@@ -134,18 +135,25 @@ class Dendrogram:
             if any(count < 1 or count != int(count) for count in counts):
                 raise UserError(f"counts={list(counts)} must be whole numbers of clusters, 1 or more.")
             made = [num_merges - min(int(count), self.num_points) + 1 for count in counts]
+        elif quantiles is not None:
+            if any(not 0 <= quantile <= 1 for quantile in quantiles):
+                raise UserError(f"quantiles={list(quantiles)} must lie between 0 and 1.")
+            made = [self._merges_up_to(quantile) for quantile in quantiles]
         else:
-            if quantiles is not None:
-                if any(not 0 <= quantile <= 1 for quantile in quantiles):
-                    raise UserError(f"quantiles={list(quantiles)} must lie between 0 and 1.")
-                heights = (
-                    [float(h) for h in np.quantile(self.heights, quantiles)] if num_merges else [0] * len(quantiles)
-                )
             assert heights is not None
             if any(np.isnan(height) for height in heights):
                 raise UserError(f"heights={list(heights)} must be numbers.")
             made = [int(np.searchsorted(self.heights, height, side="right")) for height in heights]
         return torch.stack([torch.from_numpy(self._clusters(merges)) for merges in sorted(made)])
+
+    def _merges_up_to(self, quantile: float) -> int:
+        """Return how many merges a cut at a quantile of their heights makes."""
+        if not len(self.heights):
+            return 0
+        reached = int(quantile * (len(self.heights) - 1))
+        if self.heights[reached] == self.heights[-1]:
+            return reached + 1
+        return int(np.searchsorted(self.heights, self.heights[reached], side="right"))
 
     def _clusters(self, num_merges: int) -> np.ndarray:
         """Return the clusters, ``[n]`` int32, after the first ``num_merges`` merges."""

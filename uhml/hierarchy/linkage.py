@@ -77,9 +77,7 @@ def average_linkage(
     def search(queries: Tensor, query_ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return nearest_neighbors(queries, query_ids, points[distinct], distinct, k, space, min_recall=recall)
 
-    forest = graph_linkage(*_of_first(points, ids, first, num_neighbors, search), first)
-    num_parts = _to_join(forest.part)
-    return forest.join(sums_of_parts(points, forest.part, num_parts, space) if num_parts else None)
+    return _of_graph((*_of_first(points, ids, first, num_neighbors, search), first), points, space)
 
 
 def average_linkage_over_ranks(
@@ -121,8 +119,8 @@ def average_linkage_over_ranks(
     own, own_points = _own_points(own_embeddings, num_points, space, mode)
     device = own_points.device
     if mode != "graph":
-        points = distributed.all_gather_shares(own_points, num_points)
-        return distributed.on_main(lambda: _of_all_pairs(points, space, mode))
+        points = distributed.gather_shares_on_main(own_points, num_points)
+        return distributed.on_main(lambda: None if points is None else _of_all_pairs(points.to(device), space, mode))
 
     merging = graph_memory(num_points, num_neighbors)
     recall = _recall(num_points, exact_search_up_to, min_recall)
@@ -162,9 +160,7 @@ class Merging:
             return _of_all_pairs(self.points, self.space, self.mode)
         n, k = self.graph[0].shape
         require(graph_memory(n, k), self.points.device, _graph(n), FEWER)
-        forest = graph_linkage(*self.graph)
-        num_parts = _to_join(forest.part)
-        return forest.join(sums_of_parts(self.points, forest.part, num_parts, self.space) if num_parts else None)
+        return _of_graph(self.graph, self.points, self.space)
 
 
 def merging_over_ranks(
@@ -251,6 +247,13 @@ def _neighbors_over_ranks(
     neighbors = distributed.all_gather_shares(own_neighbors, num_points)
     distances = distributed.all_gather_shares(own_distances, num_points)
     return neighbors, distances, first
+
+
+def _of_graph(graph: tuple[Tensor, ...], points: Tensor, geometry: Geometry) -> Dendrogram:
+    """Merge over a graph, and join the parts that it falls into, in one process."""
+    forest = graph_linkage(*graph)
+    num_parts = _to_join(forest.part)
+    return forest.join(sums_of_parts(points, forest.part, num_parts, geometry) if num_parts else None)
 
 
 def _to_join(part: Tensor) -> int:

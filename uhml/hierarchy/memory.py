@@ -8,6 +8,7 @@ import torch
 from uhml.errors import UserError
 
 GIB = 2**30
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def available(device: torch.device) -> int:
@@ -20,13 +21,16 @@ def available(device: torch.device) -> int:
         limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
     except (OSError, KeyError):
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    for group, limit, used, given_back in (
+        (CGROUPS, "memory.max", "memory.current", "inactive_file"),
+        (CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
         try:
-            limits.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such control group, or "max"
+            # What files were read, pictures above all, counts as taken, until somebody else wants the memory.
+            fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            taken = int((group / used).read_text()) - int(fields[given_back])
+            limits.append(int((group / limit).read_text()) - taken)
+        except (OSError, ValueError, KeyError):  # no such control group, or "max"
             continue
     return min(limits)
 

@@ -77,7 +77,7 @@ class Calibration:
         read_view: of reading and augmenting one view, in one process.
         read_picture: of reading one picture to be embedded, likewise.
         decode: of decoding one picture, likewise.
-    picture_bytes: of one picture in the cache, where there is one.
+        picture_bytes: of one picture in the cache, where there is one.
         search: see :class:`uhml.planning.costs.Speed`, and so are the next five.
         linkage: see there.
         retrieval: see there.

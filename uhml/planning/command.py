@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from uhml import distributed
+from uhml.cli import count
 from uhml.commands.options import console
 from uhml.config import Config, DataConfig, load_config
 from uhml.data.cache import cache_pictures
@@ -50,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, as for uhml train")
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="overrides of single keys")
-    parser.add_argument("--nodes", type=_count, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--nodes", type=count, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--gpus-per-node",
-        type=_count,
+        type=count,
         default=1,
         metavar="N",
         help="processes on a node, with a GPU each if there are any (default: %(default)s)",
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=(*hardware.GPUS, "cpu"),
         help="GPU to plan for, or cpu for nodes like this one without (default: as train.device is here)",
     )
-    parser.add_argument("--pictures", type=_count, metavar="N", help="training pictures (default: those there are)")
+    parser.add_argument("--pictures", type=count, metavar="N", help="training pictures (default: those there are)")
     parser.add_argument("--json", action="store_true", help="print an object for scripts instead of tables")
 
 
@@ -170,9 +171,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         ours.setLevel(before)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
-    return int(text)

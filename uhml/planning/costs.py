@@ -315,7 +315,7 @@ def _clustering(config: Config, n: int, own: int, rank: int) -> int:
         edges = graph_memory(n, options.num_neighbors) if rank == 0 else 12 * n * options.num_neighbors
         return searched * d * FLOAT + search + edges
     if rank > 0:
-        return n * d * DOUBLE
+        return 0
     return n * d * DOUBLE + (exact_memory(n, d) if options.mode == "exact" else dense_memory(n))
 
 
