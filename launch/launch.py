@@ -11,9 +11,10 @@ from pathlib import Path
 from launch import submit
 from launch.overview import look
 from launch.record import FOLDER, SweepRecord, write_record
+from launch.status import members
 from launch.submit import Resources
 from launch.sweep import combinations, folder_name
-from uhml.cli import add_run_arguments, run_dir_of
+from uhml.cli import add_run_arguments, count, run_dir_of
 from uhml.config import Config, load_config, refuse_changes
 from uhml.errors import UserError
 
@@ -51,16 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sweep", action="append", default=[], metavar="KEY=V,V", help="a run for each value; again for combinations"
     )
     needs = parser.add_argument_group("what the run needs")
-    needs.add_argument("--nodes", type=_count, default=1, metavar="N", help="default: %(default)s")
-    needs.add_argument("--gpus-per-node", type=_count, metavar="N", help="one process each (default: no GPU)")
-    needs.add_argument("--tasks-per-node", type=_count, metavar="N", help="processes on a node without GPUs")
-    needs.add_argument("--cpus-per-task", type=_count, metavar="N", help="CPU cores of a process")
+    needs.add_argument("--nodes", type=count, default=1, metavar="N", help="default: %(default)s")
+    needs.add_argument("--gpus-per-node", type=count, metavar="N", help="one process each (default: no GPU)")
+    needs.add_argument("--tasks-per-node", type=count, metavar="N", help="processes on a node without GPUs")
+    needs.add_argument("--cpus-per-task", type=count, metavar="N", help="CPU cores of a process")
     needs.add_argument("--mem", metavar="SIZE", help="memory of a node, as in 64G")
     needs.add_argument("--partition", metavar="NAME", help="SLURM's partition (default: the cluster's)")
     needs.add_argument("--time", type=_minutes, metavar="D-HH:MM:SS", help="of one slot (default: 24:00:00)")
     needs.add_argument(
         "--signal-delay",
-        type=_count,
+        type=count,
         metavar="SECONDS",
         help="how long before the end of a slot the run is told to save (default: 300)",
     )
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
         typed = {override.partition("=")[0] for override in args.overrides}
         if twice := typed.intersection(sweep[0]):
             raise UserError(f"{twice.pop()} is given a value, and swept: leave out one of them.")
+        _refuse_if_not_for_sweep(run_dir)
     else:
         names = ["."]
     runs = {
@@ -153,6 +155,19 @@ def _refuse_if_taken(run_dir: Path, config: Config, allow_change: list[str]) -> 
         refuse_changes(load_config(run_dir / "config.yaml"), config, allow_change)
 
 
+def _refuse_if_not_for_sweep(folder: Path) -> None:
+    """Refuse the folder of a run, and that of a sweep whose runs have yet to read the code and the list in it."""
+    if look(folder) is not None:
+        raise UserError(f"{folder} holds a run: name another folder for the sweep by --run-dir.")
+    for own_dir in members(folder):
+        view = look(own_dir)
+        if view is not None and view.is_under_way:
+            raise UserError(
+                f"The sweep in {folder} goes on: {own_dir.name} is {view.state}. uhml cancel ends it, or name another "
+                "folder by --run-dir."
+            )
+
+
 def _show(args: argparse.Namespace, resources: Resources, run_dir: Path, runs: list[Path]) -> None:
     """Print what would be done."""
     if resources.cluster == "slurm":
@@ -163,12 +178,6 @@ def _show(args: argparse.Namespace, resources: Resources, run_dir: Path, runs: l
         command = ["uhml", "train", str(own_dir / FOLDER / "config.yaml"), "--run-dir", str(own_dir)]
         print(f"Each of {resources.num_ranks} ranks: {shlex.join(command)}")
     sys.stdout.flush()
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
-    return int(text)
 
 
 def _minutes(text: str) -> int:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from launch import slurm
 from launch.record import JobRecord, read_record
+from uhml.run.lock import is_locked
 from uhml.run.status import RunStatus, read_status
 
 State = Literal[
@@ -68,7 +69,7 @@ def look(run_dir: Path) -> View | None:
         view = dataclasses.replace(view, cluster=record.cluster, job_id=record.job_id)
     if status is not None:
         view = _with_status(view, run_dir, status)
-    state, note = _state(record, status)
+    state, note = _state(run_dir, record, status)
     return dataclasses.replace(view, state=state, note=note)
 
 
@@ -90,7 +91,7 @@ def _with_status(view: View, run_dir: Path, status: RunStatus) -> View:
     )
 
 
-def _state(record: JobRecord | None, status: RunStatus | None) -> tuple[State, str]:
+def _state(run_dir: Path, record: JobRecord | None, status: RunStatus | None) -> tuple[State, str]:
     if status is not None and status.state == "finished":
         return "finished", ""
     if record is not None and record.cluster == "slurm":
@@ -101,7 +102,7 @@ def _state(record: JobRecord | None, status: RunStatus | None) -> tuple[State, s
         return "lost", "it was launched elsewhere and has said nothing"
     if status.state in ("preempted", "failed"):
         return status.state, status.error or ""
-    if status.host == socket.gethostname() and not _is_alive(status.pid):
+    if status.host == socket.gethostname() and not (_is_alive(status.pid) and is_locked(run_dir)):
         return "lost", GONE
     return status.state, _silence(status) or f"on {status.host}"
 
@@ -168,6 +169,7 @@ def _recall(run_dir: Path) -> tuple[dict[str, float] | None, int | None]:
 
 
 def _is_alive(pid: int) -> bool:
+    """Whether there is a process of a number, which may be another's by now."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

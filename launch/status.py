@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from launch.overview import View, look, readable
@@ -84,13 +85,13 @@ def _table(views: Sequence[View]) -> Table:
     for view in views:
         doing = f"{view.state}, {view.phase}" if view.state == "running" and view.phase != "train" else view.state
         table.add_row(
-            Path(view.run).name or view.run,
+            escape(Path(view.run).name or view.run),
             f"[{STYLES.get(view.state, 'default')}]{doing}[/]",
             "" if view.step is None else f"{view.step:,} / {view.num_steps:,}",
             "" if view.seconds_left is None else readable(view.seconds_left),
             str(view.restarts),
             view.job_id or "",
-            view.note,
+            escape(view.note),
         )
     return table
 

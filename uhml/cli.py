@@ -170,6 +170,13 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, config: str, run_dir: 
     )
 
 
+def count(text: str) -> int:
+    """Return a number that was typed, for argparse, which tells what is wrong with one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
+    return int(text)
+
+
 def run_dir_of(args: argparse.Namespace) -> Path:
     """Return the folder that ``--run-dir`` names, or a new one named by config and time."""
     return args.run_dir or Path("runs") / f"{Path(args.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -183,7 +190,3 @@ def _train(args: argparse.Namespace) -> None:
         from uhml.train import train
 
         train(config, run_dir, args.overwrite, args.allow_change)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

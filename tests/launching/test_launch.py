@@ -19,6 +19,7 @@ from launch.sweep import combinations, folder_name
 from uhml import cli
 from uhml.config import load_config
 from uhml.errors import UserError
+from uhml.run.status import RunStatus, write_status
 
 
 @pytest.fixture
@@ -253,6 +254,32 @@ def test_status_of_no_run_suggests_one(tmp_path, caplog):
     assert "Did you mean 'sop-lite0'?" in caplog.text
     assert cli.main(["status", str(tmp_path / "sop-lite0")]) == 2
     assert "holds no run" in caplog.text
+
+
+def test_a_sweep_keeps_out_of_other_runs_folders(sbatch_only, config, run_dir, caplog):
+    sweep = ["--sweep", "train.seed=0,1", "--dry-run"]
+    run_dir.mkdir()
+    write_status(run_dir, RunStatus(**{**finished_status(), "state": "preempted"}))
+    assert launch(config, "--run-dir", run_dir, *sweep) == 2
+    assert f"{run_dir} holds a run: name another folder for the sweep" in caplog.text
+    (run_dir / "status.json").unlink()
+    # An earlier sweep, one run of which has yet to go on.
+    names = [f"train.seed={seed}" for seed in (7, 8)]
+    (run_dir / "launch").mkdir()
+    write_record(run_dir, SweepRecord(runs=names, values=[{"train.seed": str(seed)} for seed in (7, 8)]))
+    (run_dir / names[1]).mkdir()
+    write_status(run_dir / names[1], RunStatus(**{**finished_status(), "state": "running"}))
+    assert launch(config, "--run-dir", run_dir, *sweep) == 2
+    assert f"The sweep in {run_dir} goes on: train.seed=8 is running." in caplog.text
+    write_status(run_dir / names[1], RunStatus(**{**finished_status(), "state": "preempted"}))
+    assert launch(config, "--run-dir", run_dir, *sweep) == 0
+
+
+def test_names_in_a_note_are_no_markup(tmp_path, capsys):
+    error = "The picture /data/[old]/a[/y].jpg is cut off."
+    write_status(tmp_path, RunStatus(**{**finished_status(), "state": "failed", "error": error}))
+    assert cli.main(["status", str(tmp_path)]) == 0
+    assert error in " ".join(capsys.readouterr().out.split())
 
 
 def finished_status():

@@ -1,10 +1,12 @@
 """How a run stands, from what SLURM says and what the run says."""
 
+import contextlib
 import dataclasses
 import datetime
 import os
 import socket
 import subprocess
+import sys
 
 import pytest
 
@@ -39,6 +41,23 @@ def dead_pid():
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
+
+
+@contextlib.contextmanager
+def in_folder(run_dir):
+    """Another process that has the run open."""
+    code = f"""
+import contextlib, pathlib
+from uhml.run.lock import lock
+with contextlib.ExitStack() as stack:
+    lock(pathlib.Path({str(run_dir)!r}), stack)
+    print("in", flush=True)
+    input()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"in\n"
+        yield
+        process.communicate(b"\n")
 
 
 @pytest.mark.parametrize(
@@ -81,8 +100,12 @@ def test_state_of_a_job(tmp_path, monkeypatch, said_by_slurm, said_by_run, state
 def test_a_run_without_a_job(tmp_path, dead_pid):
     assert overview.look(tmp_path) is None
     write_status(tmp_path, status("running", host=HERE, pid=os.getpid()))
-    found = overview.look(tmp_path)
-    assert (found.state, found.seconds_left, found.restarts) == ("running", 90 * 60.0, 2)
+    # There is such a process, but it is not in the folder: the number is another's by now.
+    assert overview.look(tmp_path).state == "lost"
+    with in_folder(tmp_path):
+        found = overview.look(tmp_path)
+        assert (found.state, found.seconds_left, found.restarts) == ("running", 90 * 60.0, 2)
+    assert overview.look(tmp_path).state == "lost"
     write_status(tmp_path, status("running", host=HERE, pid=dead_pid))
     assert overview.look(tmp_path).state == "lost"
     write_status(tmp_path, status("preempted", host=HERE, pid=os.getpid()))

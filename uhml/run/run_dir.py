@@ -1,26 +1,21 @@
 """The folder of a run: made, or entered again to go on, by one launch at a time and never over a run that is done."""
 
 import contextlib
-import errno
-import fcntl
-import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from uhml import distributed, logs
 from uhml.config import Config, dump_config, load_config, refuse_changes
 from uhml.errors import UserError
 from uhml.files import write_whole
 from uhml.run.checkpoint import newest_checkpoint
+from uhml.run.lock import LOCK, lock
 from uhml.run.status import FILE as STATUS
 from uhml.run.status import RunStatus, StatusReport, read_status, reported
 
-logger = logging.getLogger(__name__)
-
-LOCK = "lock"
 LAUNCH = "launch"
 HIERARCHIES = "hierarchies"
 
@@ -113,7 +108,7 @@ def _prepare(
                 "--overwrite."
             )
         run_dir.mkdir(parents=True, exist_ok=True)
-        _lock(run_dir, stack)
+        lock(run_dir, stack)
         if not overwrite and (run_dir / "result.json").exists():
             raise UserError(f"{run_dir} holds a finished run: name another folder by --run-dir, or add --overwrite.")
         checkpoint = None if overwrite else newest_checkpoint(run_dir / "checkpoints")
@@ -135,27 +130,6 @@ def _prepare(
     except OSError as e:
         raise UserError(f"The run's folder {run_dir} cannot be written: {e}") from e
     return checkpoint, before, is_new
-
-
-def _lock(run_dir: Path, stack: contextlib.ExitStack) -> None:
-    """Keep every other launch out of the folder until this process ends, however it ends.
-
-    A lock of POSIX's, not of BSD's: worker processes would keep that one alive after this process is killed.
-    """
-    file: IO[str] = stack.enter_context((run_dir / LOCK).open("a"))
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        if e.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            logger.warning("The file system of %s has no locks: nothing keeps a second launch out of it.", run_dir)
-            return
-        if e.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
-        running = read_status(run_dir)
-        where = f" (host {running.host}, process {running.pid})" if running else ""
-        raise UserError(
-            f"{run_dir} is in use by another launch{where}: wait until it ends, or name another folder by --run-dir."
-        ) from e
 
 
 def _empty(run_dir: Path, keep: Sequence[str]) -> None:

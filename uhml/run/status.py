@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from uhml.errors import UserError
 from uhml.files import write_whole
 from uhml.run.interruption import Preempted
 
@@ -52,16 +53,14 @@ def read_status(run_dir: Path) -> RunStatus | None:
     """Return the status of the run in a folder, or None where no run has told one.
 
     Raises:
-        ValueError: the file is not one that :func:`write_status` wrote.
+        UserError: the file is not one that :func:`write_status` wrote.
     """
     try:
-        plain = json.loads((run_dir / FILE).read_text())
+        return RunStatus(**json.loads((run_dir / FILE).read_text()))
     except FileNotFoundError:
         return None
-    try:
-        return RunStatus(**plain)
-    except TypeError as e:
-        raise ValueError(f"{run_dir / FILE} is no status of a run: {e}") from e
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{run_dir / FILE} is no status of a run; remove it, and the run can go on: {e}") from e
 
 
 def write_status(run_dir: Path, status: RunStatus) -> None:
