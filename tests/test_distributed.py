@@ -206,6 +206,25 @@ def test_threads_are_shared_out_to_the_ranks_of_a_machine(monkeypatch):
         assert distributed.threads_per_rank() == threads
 
 
+def test_threads_are_no_more_than_slurm_promised(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    of_srun = {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NODEID": "0"}
+    for name, value in {**of_srun, "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_CPUS_PER_TASK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    # A cluster that lets every task use all cores of the node, one that keeps each to its own, one of hyperthreads.
+    for cores, threads in ((64, 3), (3, 3), (2, 2)):
+        monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda pid, n=cores: set(range(n)), raising=False)
+        assert distributed.threads_per_rank() == threads
+    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK")
+    assert distributed.threads_per_rank() == 16
+    # torchrun is one task with all of its ranks.
+    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_PER_TASK": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.threads_per_rank() == 2
+
+
 def _raise_on_rank_1():
     if distributed.rank() == 1:
         raise ValueError("rank 1 cannot")

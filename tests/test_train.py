@@ -1,6 +1,7 @@
 """Whole runs, started as their users start them."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -70,6 +71,39 @@ def config(tmp_path):
 def run(config, root, run_dir, *overrides):
     """Run in this process."""
     return cli.main(["train", str(config), f"data.root={root}", "--run-dir", str(run_dir), *overrides])
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_ranks_that_name_the_run_differently_make_one(config, shapes, tmp_path):
+    """As they do by their clocks, when none is named."""
+    words = ["train", str(config), f"data.root={shapes}", "train.num_steps=1", "--run-dir"]
+    program = tmp_path / "named.py"
+    program.write_text(
+        "import os, sys\n"
+        "from uhml import cli\n"
+        f"sys.exit(cli.main({words!r} + [{str(tmp_path / 'run')!r} + os.environ['RANK']]))\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    ended = subprocess.run(launcher, capture_output=True, text=True, timeout=280, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert sorted(path.name for path in (tmp_path / "run0" / "logs").iterdir()) == ["rank0.log", "rank1.log"]
+    assert not (tmp_path / "run1").exists()
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_training_workers_are_gone_when_pictures_are_embedded(config, shapes, tmp_path, monkeypatch, overlap):
+    """A node need not hold both."""
+    alive = []
+    embed = uhml.train.embed_to_cluster
+
+    def seen(*arguments):
+        alive.append(len(multiprocessing.active_children()))
+        return embed(*arguments)
+
+    monkeypatch.setattr(uhml.train, "embed_to_cluster", seen)
+    assert run(config, shapes, tmp_path / "run", f"hierarchy.overlap_steps={overlap}", "data.num_workers=1") == 0
+    assert alive == [0, 0, 0]
 
 
 def torchrun(num_ranks, config, root, run_dir, *overrides):

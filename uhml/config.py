@@ -114,7 +114,8 @@ class ModelConfig:
 
     init_from: str | None = None
     """A checkpoint of another run to take the weights of backbone and head from. The run starts at step 0 all the
-    same, with a new optimizer, and the head is not fitted anew."""
+    same, with a new optimizer. The head is fitted to the pictures of this run only at its first clustering, where
+    model.projector learns in its place."""
 
     pooling: Literal["default", "max", "avgmax"] = "default"
     """How a timm network turns its map of features into one vector: as its weights were trained, by the maximum, or by

@@ -119,8 +119,14 @@ def _point_to_first_node(environment: "os._Environ[str]") -> None:
 
 def threads_per_rank() -> int:
     """Return the number of CPU threads for one rank, so that the ranks of a machine do not fight. Not a collective."""
+    here = place()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // place().local_world_size)
+    ranks = here.local_world_size
+    if promised := os.environ.get("SLURM_CPUS_PER_TASK"):
+        # Not every cluster keeps a task, which is one of srun's ranks or all of torchrun's, to what it was promised.
+        cores = min(cores, int(promised))
+        ranks = 1 if here.launcher == "slurm" else ranks
+    return max(1, cores // ranks)
 
 
 def rank() -> int:

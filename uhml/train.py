@@ -74,6 +74,8 @@ def train(config: Config, run_dir: Path, overwrite: bool = False, allow_change: 
         # that a process which has just gone on with a run would differ from one that never stopped.
         torch.jit.optimized_execution(False),
     ):
+        # A run without a name is named by the time, of which each process has its own.
+        run_dir = distributed.gather_objects(run_dir)[0]
         # Before there is a folder: what is mistyped shall leave none.
         listed = list_pictures(config.data)
         check_batch_fits(len(listed.train), config)
@@ -336,14 +338,17 @@ def batches_left(
         num_workers=config.data.num_workers,
         pin_memory=state.model.device.type == "cuda",
     )
+    num_steps = config.train.num_steps
+    is_embedded_anew = config.hierarchy.features == "fresh" or config.eval.at_reclustering
+    embedded_at = {step for step in range(num_steps) if is_embedded_anew and reclusters_at(step, config)} | {num_steps}
     with contextlib.closing(batches):
-        while state.step < config.train.num_steps:
+        while state.step < num_steps:
             assert state.levels is not None
-            steps = range(state.step, next_levels_at(state.step, config))
-            of_levels = batches.of_steps(steps, clusters_to_learn(state.levels, config))
-            for step in steps:
+            end = min(next_levels_at(state.step, config), *(step for step in embedded_at if step > state.step))
+            of_levels = batches.of_steps(range(state.step, end), clusters_to_learn(state.levels, config))
+            for step in range(state.step, end):
                 batch = next_together(of_levels)
-                if step == steps[-1] and (config.hierarchy.features == "fresh" or config.eval.at_reclustering):
+                if step + 1 in embedded_at:
                     # Before the workers of an embedding start: a node need not hold both.
                     batches.close()
                 yield batch

@@ -67,6 +67,7 @@ def opened(source: str, overrides: Sequence[str]) -> Iterator[Trained]:
         distributed.process_group(config.train.device) as device,
         # As in training: otherwise the last digits of a picture depend on how many were embedded before it.
         torch.jit.optimized_execution(False),
+        distributed.lost_ranks_told(),
     ):
         yield dataclasses.replace(trained, model=trained.model.to(device), config=config)
 

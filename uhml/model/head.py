@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from uhml import distributed, poincare
 from uhml.environment import one_thread_of_openblas
-from uhml.errors import UserError
+from uhml.errors import UserError, known_everywhere
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +53,11 @@ class FeatureMoments:
 
         covariance = distributed.all_reduce_sum(_added_up(own_features, products)) / count
         if not (mean.isfinite().all() and covariance.isfinite().all()):
-            raise UserError(
-                "The backbone's features hold NaN or infinity: look for the fault in its weights, "
-                "or lower optim.learning_rate if training made them so."
+            raise known_everywhere(
+                UserError(
+                    "The backbone's features hold NaN or infinity: look for the fault in its weights, "
+                    "or lower optim.learning_rate if training made them so."
+                )
             )
         return cls(mean, covariance, int(count))
 

@@ -19,7 +19,7 @@ from uhml import distributed
 from uhml.config import Config, dump_config, parse_dump
 from uhml.data.names import absolute, common_folder
 from uhml.data.pictures import Splits
-from uhml.errors import UserError
+from uhml.errors import UserError, known_everywhere
 from uhml.hierarchy import Dendrogram
 from uhml.metrics import Scores
 from uhml.model import Embedder
@@ -140,9 +140,12 @@ class TrainingState:
             UserError: it is of other pictures or of another network.
         """
         if saved["pictures"] != self._pictures:
-            raise UserError(
-                f"The run began with {_counts(saved['pictures'])} pictures, and there are {_counts(self._pictures)} "
-                "now, or others: bring back the old ones, or begin anew with --overwrite."
+            raise known_everywhere(
+                UserError(
+                    f"The run began with {_counts(saved['pictures'])} pictures, and there are "
+                    f"{_counts(self._pictures)} now, or others: bring back the old ones, or begin anew with "
+                    "--overwrite."
+                )
             )
         hyperparameters = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         learning_rates = self.schedule.base_lrs
@@ -151,7 +154,9 @@ class TrainingState:
             self.optimizer.load_state_dict(saved["optimizer"])
         except (RuntimeError, ValueError) as e:
             reason = " ".join(str(e).split())[:300]
-            raise UserError(f"The run's checkpoint does not fit the model section of the config: {reason}") from e
+            raise known_everywhere(
+                UserError(f"The run's checkpoint does not fit the model section of the config: {reason}")
+            ) from e
         self.schedule.load_state_dict(saved["schedule"])
         # The file says where the run is; the config, which may have been changed, how it goes on from there.
         self.schedule.base_lrs = learning_rates
