@@ -14,7 +14,7 @@ from torch import Tensor
 
 from uhml import distributed
 from uhml.config import Config
-from uhml.data.decode import UnreadablePicture
+from uhml.data.decode import UnreadablePicture, stamp
 from uhml.data.loading import share_loader
 from uhml.data.pictures import Pictures
 from uhml.data.transforms import plain_transform
@@ -147,9 +147,13 @@ def embed_to_file(
     """
     config, a_round = trained.config, pictures_per_round(trained.config)
     width = trained.model.backbone.num_features if features else config.model.embedding_dim
-    key = what_rows_depend_on(trained, pictures) | {"features": str(features)}
     with contextlib.ExitStack() as stack:
-        opened = distributed.on_main(lambda: stack.enter_context(unfinished(out, width, key, overwrite)))
+
+        def begin() -> Unfinished:
+            key = what_rows_depend_on(trained, pictures) | {"features": str(features)}
+            return stack.enter_context(unfinished(out, width, key, overwrite))
+
+        opened = distributed.on_main(begin)
         file = cast(Unfinished, opened)  # None but on rank 0, and there alone it is used
         # Rounds begin where they would have: the last digits of a row may depend on the rows it is embedded with.
         found = distributed.gather_objects(distributed.on_main(lambda: file.go_back(a_round)))[0]
@@ -182,13 +186,14 @@ def embed_to_file(
 
 
 def what_rows_depend_on(trained: Trained, pictures: Pictures) -> dict[str, str]:
-    """Return what tells rows of one network and of some pictures from those of others."""
+    """Return what tells rows of one network and of some pictures from those of others, without reading the pictures."""
     data = trained.config.data
     with trained.checkpoint.open("rb") as file:
         checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "checkpoint": checkpoint,
         "pictures": hashlib.sha256("\0".join(pictures.paths).encode(errors="surrogateescape")).hexdigest(),
+        "files": hashlib.sha256("\n".join(f"{stamp(path)}" for path in pictures.paths).encode()).hexdigest(),
         "size": f"{data.reduce_to} {data.image_size} {data.fit} {data.center_crop} "
         f"{trained.config.model.inference_precision}",
     }

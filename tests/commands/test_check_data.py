@@ -98,6 +98,15 @@ def test_each_oddity_is_named_and_none_of_them_refused(tree, report, monkeypatch
     assert [sorted(group) for group in found["train_and_test"]] == [[str(tree / path) for path in groups[1]]]
 
 
+def test_in_the_folder_at_hand(tree, report, monkeypatch):
+    (tree / "ape" / "notes.txt").touch()
+    (tree / "fox").mkdir()
+    picture(tree / "loose.png", 30)
+    monkeypatch.chdir(tree)
+    _, found, _ = report("folder", "--root", ".", *SMALL)
+    assert (found["extra"], found["empty"]) == (["ape/notes.txt"], ["fox"])
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_what_training_refuses_is_named_with_its_reason(tree, report, num_workers, capsys):
     whole = (tree / "ape" / "00.png").read_bytes()

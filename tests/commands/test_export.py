@@ -194,6 +194,9 @@ def test_what_is_refused(make_run, tmp_path, caplog):
     refused("model.safetensors is there already: name another folder, or add --overwrite", run, "--out", str(out))
     assert cli.main(["export", str(run), "--format", "safetensors", "--out", str(out), "--overwrite"]) == 0
     refused("is a file: name a folder", run, "--out", str(out / "README.md"))
+    (run / "lock").touch()
+    refused("is the folder of a run, which takes no other files", run, "--out", str(run))
+    assert not (run / "model.safetensors").exists()
     refused("no such checkpoint", tmp_path / "absent", "--out", str(tmp_path / "new"))
     refused("holds no checkpoints/step-*.pt", tmp_path, "--out", str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()

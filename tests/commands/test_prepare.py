@@ -160,6 +160,12 @@ def left_in(root):
     return sorted(path.name for path in root.iterdir())
 
 
+def downloads_of(root):
+    """The folder of what was downloaded so far, and nothing is beside it."""
+    assert left_in(root) == [".CUB_200_2011.downloaded"]
+    return root / ".CUB_200_2011.downloaded"
+
+
 def check_complete(root):
     splits = load_splits("cub200", root)
     assert (len(splits.train), len(splits.test)) == (3, 3)
@@ -203,7 +209,8 @@ def test_a_command_that_is_cut_goes_on_where_it_stopped(cub, server, tmp_path, c
     assert uhml("cub200", "--root", tmp_path / "root") == 2
     assert "cannot be downloaded (the connection ended after" in caplog.text
     assert "are kept in" in caplog.text
-    assert left_in(tmp_path / "root") == ["CUB_200_2011.tgz.part", "CUB_200_2011.tgz.part.etag"]
+    kept = left_in(downloads_of(tmp_path / "root"))
+    assert kept == ["CUB_200_2011.tgz.part", "CUB_200_2011.tgz.part.etag"]
     assert len(server.asked) == download.MAX_TRIES
     server.cuts = []
     assert uhml("cub200", "--root", tmp_path / "root") == 0
@@ -240,16 +247,18 @@ def test_a_file_that_changes_between_two_parts_is_begun_anew(cub, server, tmp_pa
 @pytest.mark.parametrize("tag", ['W/"1"', None])
 def test_a_part_that_is_all_there(cub, server, tmp_path, tag):
     server.tag = tag
-    (tmp_path / "root").mkdir()
-    shutil.copyfile(cub, tmp_path / "root" / "CUB_200_2011.tgz.part")
+    downloads = tmp_path / "root" / ".CUB_200_2011.downloaded"
+    downloads.mkdir(parents=True)
+    shutil.copyfile(cub, downloads / "CUB_200_2011.tgz.part")
     assert uhml("cub200", "--root", tmp_path / "root") == 0
     assert server.asked == [f"bytes={cub.stat().st_size}-"]
     check_complete(tmp_path / "root")
 
 
 def test_a_part_that_is_longer_than_the_file(cub, server, tmp_path):
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root" / "CUB_200_2011.tgz.part").write_bytes(bytes(cub.stat().st_size + 7))
+    downloads = tmp_path / "root" / ".CUB_200_2011.downloaded"
+    downloads.mkdir(parents=True)
+    (downloads / "CUB_200_2011.tgz.part").write_bytes(bytes(cub.stat().st_size + 7))
     assert uhml("cub200", "--root", tmp_path / "root") == 0
     check_complete(tmp_path / "root")
 
@@ -292,6 +301,21 @@ def test_a_wrong_checksum_is_refused_and_nothing_of_it_kept(cub, server, tmp_pat
     check_complete(tmp_path / "root")
 
 
+def test_a_file_of_the_users_under_the_name_of_the_download_is_taken_and_kept(cub, server, tmp_path, caplog):
+    root = tmp_path / "root"
+    root.mkdir()
+    mine = root / "CUB_200_2011.tgz"
+    mine.write_bytes(b"notes")
+    assert uhml("cub200", "--root", root) == 2
+    assert "is not what the authors published" in caplog.text
+    assert "Rename it to go by its contents alone." in caplog.text
+    assert left_in(root) == ["CUB_200_2011.tgz"]
+    shutil.copyfile(cub, mine)
+    assert uhml("cub200", "--root", root) == 0
+    assert left_in(root) == ["CUB_200_2011", "CUB_200_2011.tgz"]
+    assert server.asked == []
+
+
 def test_mirrors_and_files_of_ones_own_go_by_their_contents(cub, server, tmp_path, caplog):
     mirror = server.folder / "mirror%20of%20birds.zip"
     with zipfile.ZipFile(mirror, "w") as zipped:
@@ -321,7 +345,7 @@ def test_pictures_that_are_missing_in_the_archive(cub, server, tmp_path, caplog,
         "There is no complete cub200 in CUB_200_2011.tgz (3 test pictures instead of 4; 2 test classes instead of 3)."
     )
     assert said in caplog.text
-    assert left_in(tmp_path / "root") == ["CUB_200_2011.tgz"]
+    assert left_in(downloads_of(tmp_path / "root")) == ["CUB_200_2011.tgz"]
     assert len(server.asked) == 1
 
 
@@ -332,7 +356,7 @@ def test_a_disk_that_is_too_small(cub, server, tmp_path, caplog, monkeypatch):
     free = {"download": size - 1, "unpack": unpacked - 1}
 
     def disk_usage(path):
-        return SimpleNamespace(free=free["download" if path == root else "unpack"])
+        return SimpleNamespace(free=free["download" if path.name.endswith(".downloaded") else "unpack"])
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     assert uhml("cub200", "--root", root) == 2
@@ -341,7 +365,7 @@ def test_a_disk_that_is_too_small(cub, server, tmp_path, caplog, monkeypatch):
     free["download"] = size
     assert uhml("cub200", "--root", root) == 2
     assert re.search(r"CUB_200_2011\.tgz unpacks to \d MiB, and \d MiB are free", caplog.text)
-    assert left_in(root) == ["CUB_200_2011.tgz"]
+    assert left_in(downloads_of(root)) == ["CUB_200_2011.tgz"]
     free["unpack"] = unpacked
     assert uhml("cub200", "--root", root) == 0
     check_complete(root)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -9,13 +10,14 @@ import torch
 from launched import uhml
 from PIL import Image
 
-from uhml import cli
+from uhml import cli, embedding
 from uhml.data.decode import load_rgb
 from uhml.data.images import list_images
 from uhml.data.transforms import plain_transform
 from uhml.data.verify import list_pictures
 from uhml.poincare import distance_matrix
 from uhml.trained import load_trained
+from uhml.trained.gallery import embedded_gallery
 from uhml.trained.vectors import read_vectors
 
 
@@ -173,7 +175,44 @@ def test_what_is_refused(run_copy, shapes, tmp_path, monkeypatch, capsys, words,
 def test_numbers_refused(top, capsys):
     with pytest.raises(SystemExit):
         search("run", "--query", "a.png", "--top", top)
-    assert "pictures, 1 or more" in capsys.readouterr().err or top == "-1"
+    assert "is no number from 1 up" in capsys.readouterr().err or top == "-1"
+
+
+def test_a_picture_that_changes_while_the_gallery_is_unfinished(run_copy, shapes, tmp_path, monkeypatch):
+    folder = tmp_path / "pictures"
+    shutil.copytree(shapes, folder)
+    trained, pictures = load_trained(str(run_copy)), list_images(folder)
+    rounds = embedding.embed_rounds
+
+    def cut(*arguments, **options):
+        yield next(iter(rounds(*arguments, **options)))
+        raise RuntimeError("cut")
+
+    small = dataclasses.replace(trained.config, eval=dataclasses.replace(trained.config.eval, batch_size=8))
+    trained = dataclasses.replace(trained, config=small)
+    monkeypatch.setattr(embedding, "embed_rounds", cut)
+    with pytest.raises(RuntimeError, match="cut"):
+        embedded_gallery(trained, pictures, tmp_path / "gallery")
+    assert (tmp_path / "gallery" / "vectors.npy.unfinished" / "state.json").exists()
+    monkeypatch.setattr(embedding, "embed_rounds", rounds)
+    Image.new("RGB", (40, 40), "red").save(pictures.paths[0])
+    found = embedded_gallery(trained, pictures, tmp_path / "gallery")
+    torch.testing.assert_close(torch.tensor(found.rows[:1]), embedded(run_copy, pictures.paths[:1]))
+
+
+def test_a_name_that_is_no_utf8_is_found_and_shown(run_copy, shapes, tmp_path, capsys):
+    """Training takes it, so its run can be searched."""
+    folder = tmp_path / "pictures"
+    shutil.copytree(shapes, folder)
+    query = min(map(str, folder.rglob("*.png")))
+    odd = os.path.join(os.fsencode(os.path.dirname(query)), b"caf\xe9.png")
+    shutil.copyfile(query, odd)
+    words = (run_copy, "data.dataset=folder", f"data.root={folder}", "--query", query, "--top", 1)
+    assert search(*words) == 0
+    assert "caf\\udce9.png" in capsys.readouterr().out
+    found, said = searched(capsys, *words)
+    assert "Embedding" not in said
+    assert found["queries"][0]["neighbors"][0]["path"] == os.fsdecode(odd)
 
 
 def test_as_its_user_types_it(run_copy, shapes):

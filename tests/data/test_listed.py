@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from uhml.data.datasets import load_splits
@@ -99,3 +101,11 @@ def test_refused_roots(tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(UserError, match="lists no pictures"):
         load_splits("list", tmp_path / "empty.txt")
+
+
+def test_paths_of_both_kinds_have_a_folder_in_common(listing, tmp_path, monkeypatch):
+    listing(f"p/a.png\n{tmp_path}/p/b.png\n", "list.txt")
+    monkeypatch.chdir(tmp_path)
+    assert list(load_splits("list", Path("list.txt")).train.paths) == [f"{tmp_path}/p/a.png", f"{tmp_path}/p/b.png"]
+    listing("p/a.png\n", "list.txt")
+    assert list(load_splits("list", Path("list.txt")).train.paths) == ["p/a.png"]

@@ -66,6 +66,8 @@ def test_the_server_shows_the_page_to_this_machine_alone(tmp_path):
 
         assert get("/") == (200, "<p>Grüße")
         assert get("/page.html")[0] == get("/../page.html")[0] == get("/", "evil.example")[0] == 404
+        # Browsers leave out the port that is HTTP's own.
+        assert get("/", "localhost")[0] == get("/", "127.0.0.1")[0] == 200
         with pytest.raises(UserError, match=f"--serve {port}: cannot listen there"):
             server(page, port)
         listening.shutdown()

@@ -9,6 +9,7 @@ from typing import Any
 from uhml.errors import UserError
 from uhml.files import write_whole
 from uhml.run.checkpoint import EXPORTED
+from uhml.run.lock import LOCK
 from uhml.trained import Trained, load_trained
 from uhml.trained.card import model_card
 from uhml.trained.export import write_onnx, write_safetensors
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> None:
     path, card = args.out / FORMATS[args.format], args.out / "README.md"
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is a file: name a folder for the model and its card.")
+    if (args.out / LOCK).exists():
+        raise UserError(f"--out {args.out} is the folder of a run, which takes no other files: name another folder.")
     for file in (path, card):
         if file.exists() and not args.overwrite:
             raise UserError(f"{file} is there already: name another folder, or add --overwrite.")

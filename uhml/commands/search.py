@@ -16,13 +16,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from uhml import distributed
+from uhml.cli import count
 from uhml.commands.options import add_network_arguments, check_out, console, opened
 from uhml.data.decode import load_rgb
 from uhml.data.images import list_images
+from uhml.data.names import shown
 from uhml.data.pictures import Pictures
 from uhml.data.verify import list_pictures
 from uhml.embedding import embed_share
-from uhml.errors import UserError
+from uhml.errors import UserError, known_everywhere
 from uhml.hierarchy.geometry import Geometry
 from uhml.hierarchy.knn import nearest_neighbors
 from uhml.reporting.sheets import Answer, Tile, write_sheet
@@ -62,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_network_arguments(parser, EXAMPLES)
     parser.add_argument("--query", nargs="+", required=True, metavar="PICTURE", help="find what is like these pictures")
     parser.add_argument(
-        "--top", type=_count, default=20, metavar="N", help="how many to find for each (default: %(default)s)"
+        "--top", type=count, default=20, metavar="N", help="how many to find for each (default: %(default)s)"
     )
     gallery = parser.add_mutually_exclusive_group()
     gallery.add_argument(
@@ -135,9 +137,11 @@ def search(
     """
     config, device = trained.config, trained.model.device
     if gallery.rows.shape[1] != config.model.embedding_dim:
-        raise UserError(
-            f"The vectors have {gallery.rows.shape[1]} dimensions, and the network's have "
-            f"{config.model.embedding_dim}: take those that uhml embed made with this run, without --features."
+        raise known_everywhere(
+            UserError(
+                f"The vectors have {gallery.rows.shape[1]} dimensions, and the network's have "
+                f"{config.model.embedding_dim}: take those that uhml embed made with this run, without --features."
+            )
         )
     geometry = Geometry("poincare", config.model.curvature)
     points = geometry.points(torch.from_numpy(np.array(gallery.rows, np.float32)).to(device))
@@ -205,9 +209,9 @@ def _table(query: str, found: Sequence[Found], num: int) -> Table:
     # Brackets in a name are the name's, and no markup.
     base = os.path.commonpath([os.path.dirname(answer.path) for answer in found]) if found else ""
     table = Table(
-        title=escape(f"{Path(query).name}, among {num:,} pictures"),
+        title=escape(f"{shown(Path(query).name)}, among {num:,} pictures"),
         title_justify="left",
-        caption=escape(f"in {base}"),
+        caption=escape(f"in {shown(base)}"),
         caption_justify="left",
     )
     table.add_column("", justify="right")
@@ -217,8 +221,8 @@ def _table(query: str, found: Sequence[Found], num: int) -> Table:
     if has_labels:
         table.add_column("class", overflow="fold")
     for number, answer in enumerate(found, start=1):
-        cells = [str(number), f"{answer.distance:.4f}", escape(os.path.relpath(answer.path, base))]
-        table.add_row(*cells, *([escape(answer.label or "")] if has_labels else []))
+        cells = [str(number), f"{answer.distance:.4f}", escape(shown(os.path.relpath(answer.path, base)))]
+        table.add_row(*cells, *([escape(shown(answer.label or ""))] if has_labels else []))
     return table
 
 
@@ -232,9 +236,3 @@ def _draw(path: Path, queries: Sequence[str], found: Sequence[Sequence[Found]], 
     ]
     subtitle = f"Among {num:,} pictures; the nearest first, with their distance in the ball."
     write_sheet(path, answers, "Pictures most like these" if len(queries) > 1 else "Pictures most like this", subtitle)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of pictures, 1 or more")
-    return int(text)

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from uhml.config import DataConfig
 from uhml.data.decode import find_unreadable, opened
 from uhml.data.formats import FORMATS
+from uhml.data.names import shown
 from uhml.data.official import OFFICIAL, differences
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.reading import missing_noted
@@ -160,14 +161,16 @@ def _beside(base: Path, listed: Iterable[str], dataset: str) -> tuple[list[str],
         return [], []
     # A list may name a path in more ways than one.
     taken = {os.path.normpath(path) for path in listed}
-    picture_folders = {os.path.dirname(path) for path in taken}
+    picture_folders = {os.path.dirname(path) or os.curdir for path in taken}
     extra: list[str] = []
     holds_something = set(picture_folders)
     folders = []
-    for where, below, files in os.walk(base):
+    for walked, below, files in os.walk(base):
         below[:] = sorted(name for name in below if not name.startswith("."))
+        where = os.path.normpath(walked)
         folders.append(where)
-        for path in (os.path.join(where, name) for name in sorted(files) if not name.startswith(".")):
+        visible = (name for name in sorted(files) if not name.startswith("."))
+        for path in (os.path.normpath(os.path.join(where, name)) for name in visible):
             if dataset != "folder":
                 holds_something.add(where)
             is_picture = os.path.splitext(path)[1].lower() in FORMATS
@@ -201,11 +204,6 @@ def _in_both(groups: Sequence[Sequence[str]], parts: dict[str, Pictures]) -> lis
     train = set(parts["train"].paths)
     others = {path for name, part in parts.items() if name != "train" for path in part.paths}
     return [group for group in groups if not train.isdisjoint(group) and not others.isdisjoint(group)]
-
-
-def shown(name: str) -> str:
-    """Return a file's name as a terminal can show it: on one line, without control characters or broken UTF-8."""
-    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def relative(item: str | Sequence[str], base: Path) -> Iterator[str]:

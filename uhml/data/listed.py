@@ -64,8 +64,11 @@ def read_list(file: Path) -> dict[str, list[str]]:
         columns = _read_csv(file)
     else:
         columns = {"path": [line.strip() for line in read_lines(file) if line.strip()]}
-    start = "" if file.parent == Path() else os.path.join(file.parent, "")
-    columns["path"] = [path if path.startswith(os.sep) else start + path for path in columns["path"]]
+    is_absolute = [path.startswith(os.sep) for path in columns["path"]]
+    # All of one kind, or they would have no folder in common.
+    folder = file.absolute().parent if any(is_absolute) else file.parent
+    start = "" if folder == Path() else os.path.join(folder, "")
+    columns["path"] = [path if done else start + path for path, done in zip(columns["path"], is_absolute, strict=True)]
     if not columns["path"]:
         raise UserError(f"{file} lists no pictures.")
     check_exist(columns["path"], file)

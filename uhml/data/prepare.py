@@ -1,5 +1,6 @@
 """An official data set from its archives to a folder that is known to be complete."""
 
+import contextlib
 import hashlib
 import logging
 import shutil
@@ -58,28 +59,36 @@ def prepare(name: str, root: Path, urls: Sequence[str], archives: Sequence[Path]
     for file in archives:
         if not file.is_file():
             raise UserError(f"--archive {file}: there is no such file.")
-    downloads = {root / _file_name(url): url for url in urls}
+    # In a folder of its own: what lies in the root is the user's, and stays.
+    downloaded = root / f".{official.folder}.downloaded"
+    downloads = {downloaded / _file_name(url): url for url in urls}
     if len(downloads) < len(urls):
         raise UserError("Two --url end in the same name of a file: give one of the files as --archive.")
-    root.mkdir(parents=True, exist_ok=True)
-    for file, url in downloads.items():
-        if not file.exists():
-            download(url, file)
-    files = [*downloads, *archives]
-    sha256 = {file.name: _check_sums(file, official, file in downloads) for file in files}
-    # Aside first, so that a folder of the right name is always a complete one.
-    aside = root / f".{official.folder}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    archives = [*archives, *(root / file.name for file in downloads if (root / file.name).is_file())]
+    downloads = {file: url for file, url in downloads.items() if root / file.name not in archives}
+    downloaded.mkdir(parents=True, exist_ok=True)
     try:
-        for file in files:
-            _put(file, aside, official)
-        _check_complete(name, aside, f"There is no complete {name} in {', '.join(file.name for file in files)}")
-        aside.replace(folder)
-    finally:
+        for file, url in downloads.items():
+            if not file.exists():
+                download(url, file)
+        files = [*downloads, *archives]
+        sha256 = {file.name: _check_sums(file, official, file in downloads) for file in files}
+        # Aside first, so that a folder of the right name is always a complete one.
+        aside = root / f".{official.folder}.partial"
         shutil.rmtree(aside, ignore_errors=True)
-    for file in downloads:
-        file.unlink()
+        aside.mkdir()
+        try:
+            for file in files:
+                _put(file, aside, official)
+            _check_complete(name, aside, f"There is no complete {name} in {', '.join(file.name for file in files)}")
+            aside.replace(folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        for file in downloads:
+            file.unlink()
+    finally:
+        with contextlib.suppress(OSError):
+            downloaded.rmdir()  # if nothing in it is to be gone on with
     return Prepared(folder, sha256)
 
 

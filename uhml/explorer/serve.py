@@ -48,7 +48,7 @@ def _handler(page: Path) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             # A name that somebody else's site has made to mean this machine must not let that site read the page.
-            host = self.headers.get("Host", "").rpartition(":")[0]
+            host = self.headers.get("Host", "").partition(":")[0]
             if self.path != "/" or host not in (HOST, "localhost"):
                 self.send_error(HTTPStatus.NOT_FOUND)
                 return

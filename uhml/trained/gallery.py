@@ -1,12 +1,10 @@
 """Pictures made ready to be searched: embedded once, kept beside the run, and embedded anew when something changed."""
 
-import hashlib
 import json
 import logging
 from pathlib import Path
 
 from uhml import distributed
-from uhml.data.decode import stamp
 from uhml.data.pictures import Pictures
 from uhml.embedding import embed_to_file, what_rows_depend_on
 from uhml.files import write_whole
@@ -39,7 +37,7 @@ def embedded_gallery(trained: Trained, pictures: Pictures, folder: Path, *, skip
     key: dict[str, str] = {}
 
     def is_stale() -> bool:
-        key.update(what_rows_depend_on(trained, pictures), files=_files(pictures), skip_corrupt=str(skip_corrupt))
+        key.update(what_rows_depend_on(trained, pictures), skip_corrupt=str(skip_corrupt))
         folder.mkdir(parents=True, exist_ok=True)
         kept = folder / "key.json"
         if kept.exists() and json.loads(kept.read_text()) == key and file.exists():
@@ -57,11 +55,3 @@ def embedded_gallery(trained: Trained, pictures: Pictures, folder: Path, *, skip
             logger.warning("Left out %d pictures that cannot be read, the first: %s", len(left_out), left_out[0])
         distributed.on_main(lambda: write_whole(folder / "key.json", json.dumps(key)))
     return distributed.on_every_rank(lambda: read_vectors(file))
-
-
-def _files(pictures: Pictures) -> str:
-    """Return what the pictures' files are recognised by without reading them."""
-    found = hashlib.sha256()
-    for path in pictures.paths:
-        found.update("{} {}\n".format(*stamp(path)).encode())
-    return found.hexdigest()

@@ -105,7 +105,7 @@ class Unfinished:
             _write_parquet(out, Vectors(np.load(rows, mmap_mode="r"), paths))
         else:
             with opened_aside(names_of(out)) as file:
-                text = csv.writer(codecs.getwriter("utf-8")(file), lineterminator="\n")
+                text = csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape"), lineterminator="\n")
                 text.writerows([["path"], *([path] for path in paths)])
             rows.replace(out)
         shutil.rmtree(self._folder)
@@ -228,12 +228,12 @@ def _read_npy(path: Path) -> Vectors:
         raise UserError(f"{path} is not a .npy file of numbers.") from e
     names = names_of(path)
     try:
-        with names.open(encoding="utf-8", newline="") as file:
+        with names.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             paths = [row["path"] for row in csv.DictReader(file)]
     except FileNotFoundError as e:
         raise UserError(f"{path} needs {names} beside it, which names the picture of each row.") from e
-    except (KeyError, UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"{names} is no CSV file in UTF-8 with a column path.") from e
+    except (KeyError, csv.Error) as e:
+        raise UserError(f"{names} is no CSV file with a column path.") from e
     return Vectors(rows, paths)
 
 
