@@ -5,6 +5,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -81,7 +82,9 @@ def existing_run(folder: Path) -> View:
 def _table(views: Sequence[View]) -> Table:
     table = Table()
     for heading in ("run", "state", "step", "left", "restarts", "job", "note"):
-        table.add_column(heading, justify="right" if heading in ("step", "left", "restarts") else "left")
+        justify: Literal["left", "right"] = "right" if heading in ("step", "left", "restarts") else "left"
+        # Folded where a terminal is narrow: half a number would be another.
+        table.add_column(heading, justify=justify, overflow="fold")
     for view in views:
         doing = f"{view.state}, {view.phase}" if view.state == "running" and view.phase != "train" else view.state
         table.add_row(
@@ -102,9 +105,9 @@ def _results(folder: Path, sweep: SweepRecord, views: Sequence[View]) -> Table:
     k = next(view.recall_at for view in views if view.recall)
     table = Table(title=f"{folder.name}: R@{k} of unseen classes, per cent", caption="± is the standard deviation")
     for key in keys:
-        table.add_column(key)
+        table.add_column(key, overflow="fold")
     for name in EMBEDDINGS:
-        table.add_column(name, justify="right", style="bold" if name == "trained" else None)
+        table.add_column(name, justify="right", style="bold" if name == "trained" else None, overflow="fold")
     groups: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for values, view in zip(sweep.values, views, strict=True):
         row = [100 * view.recall[name] for name in EMBEDDINGS] if view.recall else None

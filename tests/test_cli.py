@@ -1,5 +1,8 @@
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -76,3 +79,23 @@ def test_other_mistakes_are_told_in_one_line_too(arguments, words, capsys):
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert words in err
+
+
+def test_ctrl_c_while_modules_are_imported(monkeypatch):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_parsers", interrupted)
+    assert cli.main(["train"]) == 130
+
+
+def test_a_reader_that_goes_is_no_error(tmp_path):
+    """As in ``uhml check-data ... --json | head``."""
+    (tmp_path / "a.png").write_bytes(b"")
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "uhml", "check-data", "folder", "--root", str(tmp_path), "--json"]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(writer)
+    assert "roken pipe" not in ended.stderr
+    assert ended.returncode == 141

@@ -342,3 +342,40 @@ def test_a_mistyped_key_ends_with_status_2_and_one_line():
         line for line in done.stderr.splitlines() if "torch.jit.script" not in line and "warnings.warn" not in line
     ]
     assert "error: Unknown key: 'train.num_stps'." in line
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "said"),
+    [
+        ("train.num_steps: 3", [], "In a file it stands in its section, as in train: {num_steps: 3}."),
+        ("foo.bar: 1", [], "Unknown key: 'foo.bar'. The sections are data, model,"),
+        (
+            "",
+            ["hierarchy.cuts=0.9"],
+            "hierarchy.cuts must be a list of numbers, as in hierarchy.cuts=[0.9, 0.975, 0.995].",
+        ),
+        ("", ["hierarchy.cuts=[]"], "hierarchy.cuts must be a list of numbers, as in"),
+        ("", ["hierarchy.cuts=[a]"], "hierarchy.cuts must be a list of numbers, as in"),
+        (
+            "",
+            ["data.augment_scale=[0.5]"],
+            "data.augment_scale must be a list of numbers, as in data.augment_scale=[0.2, 1.0].",
+        ),
+        ("", ["data.augment_scale=[0.5,1,2]"], "data.augment_scale must be a list of numbers, as in"),
+        ("", ["eval.recall_at=[0]"], "greater than"),
+    ],
+)
+def test_keys_written_in_another_form_are_told_theirs(tmp_path, text, overrides, said):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as refused:
+        load_config(path, overrides)
+    assert said in str(refused.value)
+    assert "tuple" not in str(refused.value)
+
+
+def test_what_is_not_alike_is_not_suggested(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("train: {device: gpu}")
+    with pytest.raises(UserError, match=r"train\.device=gpu: input should be 'auto', 'cpu' or 'cuda'\. \(Read"):
+        load_config(path)

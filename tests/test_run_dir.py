@@ -71,6 +71,20 @@ def test_an_unfinished_run_goes_on_from_its_newest_whole_checkpoint(unfinished, 
     with open_run_dir(unfinished, Config()) as run:
         assert run.checkpoint.name == "step-00000002.pt"
     assert str(path) in caplog.text
+    for path in (unfinished / "checkpoints").iterdir():
+        path.write_bytes(b"half")
+    assert refusal(unfinished, Config()).endswith("checkpoints are damaged. Begin anew with --overwrite.")
+
+
+def test_fewer_steps_than_are_taken_are_refused(unfinished):
+    fewer = dataclasses.replace(Config(), train=TrainConfig(num_steps=3))
+    said = refusal(unfinished, fewer, allow_change=["train.num_steps"])
+    assert said == "train.num_steps=3: the run has taken 4 steps already."
+    # Nor is it recorded as what the run goes on with.
+    assert load_config(unfinished / "config.yaml") == Config()
+    just_enough = dataclasses.replace(Config(), train=TrainConfig(num_steps=4))
+    with open_run_dir(unfinished, just_enough, allow_change=["train.num_steps"]) as run:
+        assert run.checkpoint.name == "step-00000004.pt"
 
 
 def test_another_config_is_refused_field_by_field_unless_allowed(unfinished):

@@ -3,6 +3,8 @@
 import argparse
 import importlib
 import logging
+import os
+import select
 import sys
 import time
 from collections.abc import Sequence
@@ -52,9 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status.
 
     0: done. 1: a rank or a run failed. 2: an error of the user's. 75: preempted, and the same command goes on where it
-    stopped; 130 after Ctrl-C.
+    stopped; 130 after Ctrl-C; 141 where nobody reads what is printed any more.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return _main(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:  # while modules are imported
+        return 130
+
+
+def _main(arguments: Sequence[str]) -> int:
     # Some modules warn when they are imported, of nothing a user could do about.
     with logs.to_terminal():
         parser, commands = _parsers(arguments)
@@ -68,8 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with logs.to_terminal():
         try:
             args.run(args)
+            sys.stdout.flush()
         # An OSError is a full disk or a file taken away: the message names the file, the run's log the place.
         except (UserError, OSError) as e:
+            if isinstance(e, BrokenPipeError) and _is_nobody_reading():
+                # What is left to print would be an error at the very end.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 141  # of a program that SIGPIPE ended
             _tell(e)
             return 2
         except (RankFailed, RunsFailed) as e:
@@ -82,6 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             logger.error("interrupted")
             return 130
     return 0
+
+
+def _is_nobody_reading() -> bool:
+    """Whether the program that was to read what is printed has ended."""
+    stdout = select.poll()
+    stdout.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in stdout.poll(0))
 
 
 def _tell(error: Exception) -> None:

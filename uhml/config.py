@@ -478,7 +478,9 @@ def _explain(error: pydantic.ValidationError, source: str) -> str:
         key = ".".join(str(part) for part in finding["loc"])
         if finding["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             section, _, word = key.rpartition(".")
-            if section:
+            if len(finding["loc"]) == 1 and section in _sections():
+                hint = f" In a file it stands in its section, as in {section}: {{{word}: {finding['input']}}}."
+            elif section in _sections():
                 hint = did_you_mean(key, [f"{section}.{f.name}" for f in dataclasses.fields(_sections()[section])])
             else:
                 hint = (
@@ -489,12 +491,19 @@ def _explain(error: pydantic.ValidationError, source: str) -> str:
             sentences.append(f"Unknown key: {key!r}.{hint}")
         elif finding["type"] == "dataclass_type":
             sentences.append(f"{key} must be a section with keys of its own, not {finding['input']!r}.")
+        elif finding["type"] in ("tuple_type", "missing", "too_long", "too_short") or (
+            len(finding["loc"]) > 2 and finding["type"].endswith("_type")
+        ):
+            section, name = (str(part) for part in finding["loc"][:2])
+            default = list(getattr(_sections()[section](), name))
+            sentences.append(f"{section}.{name} must be a list of numbers, as in {section}.{name}={default}.")
         else:
             said = finding["msg"][0].lower() + finding["msg"][1:]
             given = finding["input"]
             hint = did_you_mean(str(given), said.split("'")[1::2]) if finding["type"] == "literal_error" else ""
             sentences.append(f"{key}={given}: {said}.{hint}")
-    return f"{' '.join(sentences)} (Read from {source} and the command line; `uhml train --help` lists all keys.)"
+    said = " ".join(dict.fromkeys(sentences))
+    return f"{said} (Read from {source} and the command line; `uhml train --help` lists all keys.)"
 
 
 def _section_of(word: str) -> str:

@@ -192,8 +192,9 @@ def what_rows_depend_on(trained: Trained, pictures: Pictures) -> dict[str, str]:
         checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "checkpoint": checkpoint,
-        "pictures": hashlib.sha256("\0".join(pictures.paths).encode(errors="surrogateescape")).hexdigest(),
-        "files": hashlib.sha256("\n".join(f"{stamp(path)}" for path in pictures.paths).encode()).hexdigest(),
+        "pictures": hashlib.sha256(
+            "\0".join(f"{path}\0{stamp(path)}" for path in pictures.paths).encode(errors="surrogateescape")
+        ).hexdigest(),
         "size": f"{data.reduce_to} {data.image_size} {data.fit} {data.center_crop} "
         f"{trained.config.model.inference_precision}",
     }

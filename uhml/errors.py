@@ -34,5 +34,6 @@ def is_known_everywhere(error: BaseException) -> bool:
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the closest of ``choices``, or an empty string when none is close."""
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    # Of three letters, two in common are no likeness: gpu is not meant for cpu.
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6 if len(word) > 3 else 0.7)
     return f" Did you mean {close[0]!r}?" if close else ""

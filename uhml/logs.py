@@ -15,12 +15,18 @@ from uhml.environment import place
 logger = logging.getLogger(__name__)
 
 
+def shown(text: str) -> str:
+    """Return a line, such as a file's name, as a terminal can show it: without control characters or broken UTF-8."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 class _AboveProgressBars(logging.Handler):
     """Writes lines to stderr without tearing a progress bar apart."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            # Of a file's name, control characters are shown, not obeyed.
+            tqdm.write("\n".join(map(shown, self.format(record).split("\n"))), file=sys.stderr)
         except OSError as e:
             # The terminal was closed: the run, which is about to end by SIGHUP, still has its own log.
             if e.errno != errno.EIO:

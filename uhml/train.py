@@ -97,7 +97,7 @@ def train(config: Config, run_dir: Path, overwrite: bool = False, allow_change: 
                     return learn(state, splits, config, run, report)
                 except Preempted as e:
                     if state.saved is None:
-                        raise
+                        raise Preempted(e.signal, "before the first step") from e
                     save(state, run, report)
                     raise Preempted(
                         e.signal, f"after step {state.step} of {config.train.num_steps}, which is saved"

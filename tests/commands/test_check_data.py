@@ -10,7 +10,7 @@ from PIL import Image
 
 from uhml import cli
 from uhml.data import check
-from uhml.data.check import shown
+from uhml.logs import shown
 
 CLASSES = ["ape", "bear", "cat", "dog"]
 

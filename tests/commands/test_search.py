@@ -109,6 +109,20 @@ def test_vectors_of_uhml_embed_are_searched_as_they_are(run_copy, shapes, tmp_pa
         assert found["queries"] == expected["queries"]
 
 
+def test_vectors_of_another_network_are_refused(run_copy, shapes, tmp_path, capsys):
+    out = tmp_path / "v.npy"
+    assert cli.main(["embed", str(run_copy), "--images", str(shapes), "--out", str(out)]) == 0
+    query = next(map(str, shapes.rglob("*.png")))
+    earlier = min((run_copy / "checkpoints").glob("step-*.pt"))
+    assert search(earlier, "--vectors", out, "--query", query) == 2
+    assert f"The vectors of {out} are not those that the network gives" in capsys.readouterr().err
+    # Pictures that are gone, or have become others, are no reason to refuse the rest.
+    names = out.with_suffix(".csv")
+    rows = names.read_text().replace(str(shapes), str(tmp_path / "gone"))
+    names.write_text(rows)
+    assert search(run_copy, "--vectors", out, "--query", query) == 0
+
+
 def test_without_faiss_it_is_the_same(run_copy, shapes, tmp_path, capsys, monkeypatch):
     query = next(map(str, shapes.rglob("*.png")))
     expected, _ = searched(capsys, run_copy, "--query", query)

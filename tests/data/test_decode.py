@@ -1,4 +1,5 @@
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -190,11 +191,6 @@ def test_missing_picture(tmp_path):
         load_rgb(tmp_path / "none.png")
 
 
-def test_folder_in_place_of_a_picture(tmp_path):
-    with pytest.raises(UnreadablePicture, match="cannot be decoded"):
-        load_rgb(tmp_path)
-
-
 def test_float_and_32_bit_grey_are_refused(tmp_path):
     for name, image in (("f", Image.new("F", (4, 4))), ("i", Image.fromarray(np.full((4, 4), 70_000, np.int32)))):
         with pytest.raises(UnreadablePicture, match="none is agreed to be white"):
@@ -218,3 +214,18 @@ def test_find_unreadable(tmp_path, num_workers):
     assert [place for place, _ in found] == [3, 40, 69]
     assert found[0][1] == "is empty (0 bytes)"
     assert find_unreadable(paths[:3], num_workers) == []
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_refused_at_once(tmp_path, kind):
+    path = tmp_path / "a.jpg"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    why = "is a folder" if kind == "folder" else r"cannot be decoded \(it is no regular file\)"
+    with pytest.raises(UnreadablePicture, match=why):
+        load_rgb(path)
+    assert [row for row, _ in find_unreadable([str(path)], num_workers=0)] == [0]

@@ -2,6 +2,7 @@
 
 import http.client
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -10,6 +11,7 @@ import sys
 import threading
 
 import pytest
+from pages import read_page
 
 from uhml import cli
 from uhml.errors import UserError
@@ -48,6 +50,18 @@ def test_a_run_without_classes_has_no_test_part(plain_page, tmp_path, caplog):
     run = str(plain_page.parent / "run")
     assert cli.main(["explore", run, "--part", "test", "--out", str(tmp_path / "page.html")]) == 2
     assert "--part test: no classes are known" in caplog.text
+
+
+def test_pictures_that_cannot_be_read_are_left_out_on_demand(labelled_run, tmp_path, caplog):
+    folder = tmp_path / "pictures"
+    shutil.copytree(labelled_run.parent / "shapes", folder)
+    paths = sorted(folder.rglob("*.png"))
+    paths[3].write_bytes(b"")
+    words = ["explore", str(labelled_run), "--images", str(folder), "--out", str(tmp_path / "page.html")]
+    assert cli.main(words) == 2
+    assert f"{paths[3]} is empty (0 bytes). Mend or remove it, or add data.skip_corrupt=true" in caplog.text
+    assert cli.main([*words, "data.skip_corrupt=true"]) == 0
+    assert read_page(tmp_path / "page.html").meta["num_all"] == len(paths) - 1
 
 
 def test_the_server_shows_the_page_to_this_machine_alone(tmp_path):

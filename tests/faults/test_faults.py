@@ -316,7 +316,7 @@ def test_a_damaged_checkpoint_costs_one_interval(config, whole, tmp_path):
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
     said = go_on(run_dir, config, 1, whole)
-    assert f"Going back to the checkpoint before {path}, which is damaged" in said
+    assert f"{path} is damaged, and passed over" in said
     assert "Going on after step 4 of 12" in said
 
 

@@ -83,3 +83,20 @@ def test_unknown_names_and_curvatures():
         Geometry("poincaré")
     with pytest.raises(UserError, match="curvature=-1"):
         Geometry("poincare", -1)
+
+
+@pytest.mark.parametrize(
+    ("space", "dtype", "length"),
+    [
+        (Geometry("euclidean"), torch.float32, 1e17),
+        (Geometry("euclidean"), torch.float64, 1e152),
+        (Geometry("poincare", 0.0), torch.float32, 1e17),
+        (Geometry("cosine"), torch.float64, 1e152),
+    ],
+)
+def test_rows_too_long_to_be_squared_are_refused(space, dtype, length):
+    rows = torch.eye(3, dtype=dtype)
+    assert torch.equal(space.points(rows), rows)
+    rows[1] *= length
+    with pytest.raises(UserError, match=r"Row 1 of the embeddings is longer than .*: scale all rows \(1 such rows"):
+        space.points(rows)

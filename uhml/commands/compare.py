@@ -66,9 +66,9 @@ def table(runs: Sequence[RunRecord]) -> Table:
     if keys:
         shown.add_column("settings that differ", overflow="fold")
     if any(run.state != "finished" for run in runs):
-        shown.add_column("state")
+        shown.add_column("state", overflow="fold")
     for heading in ("steps", "seconds", *([f"{title(recall)} frozen"] if recall else []), *map(title, scores)):
-        shown.add_column(heading, justify="right")
+        shown.add_column(heading, justify="right", overflow="fold")
     for run, name in zip(runs, _names(runs), strict=True):
         settings = [_settings(run, keys)] if keys else []
         state = [run.state] if any(other.state != "finished" for other in runs) else []

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
             pictures,
             out,
             features=args.features,
-            skip_corrupt=args.skip_corrupt,
+            skip_corrupt=args.skip_corrupt or trained.config.data.skip_corrupt,
             overwrite=args.overwrite,
         )
         if left_out:

@@ -25,6 +25,7 @@ from uhml.files import write_whole
 from uhml.hierarchy.geometry import Geometry
 from uhml.reporting.confusion import Pair, draw_confusion, matrix
 from uhml.reporting.sheets import COLUMNS, Answer, Tile, write_sheet
+from uhml.run.training_state import fingerprint
 from uhml.trained import Trained
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,10 @@ def run(args: argparse.Namespace) -> None:
         splits = load_pictures(trained.config.data)
         has_labels = splits.test is not None and splits.test.labels is not None
         if has_labels:
+            if trained.pictures not in (None, fingerprint(splits)) and distributed.is_main():
+                logger.warning(
+                    "The pictures are not those of the run: of classes that it was trained on the scores are too good."
+                )
             found = evaluate(trained.model, splits, trained.config, COLUMNS)
             pairs = most_confused(splits, found.neighbors)
             report = summary(trained, splits, found, pairs)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from uhml import distributed
 from uhml.commands.options import add_network_arguments, check_out, opened
+from uhml.data.decode import UnreadablePicture
 from uhml.embedding import embed_share
-from uhml.errors import UserError
+from uhml.errors import UserError, known_everywhere
 from uhml.explorer.page import write_page
 from uhml.explorer.serve import serve, server
 from uhml.explorer.sources import FEWEST, find_source
@@ -76,7 +77,11 @@ def run(args: argparse.Namespace) -> None:
         distributed.on_main(check)
         source = find_source(trained, args.part, args.images)
         pictures = source.pictures
-        own = embed_share(trained.model, pictures, trained.config, f"embed {len(pictures):,} pictures")
+        try:
+            own = embed_share(trained.model, pictures, trained.config, f"embed {len(pictures):,} pictures")
+        except UnreadablePicture as e:
+            remedy = "Mend or remove it, or add data.skip_corrupt=true to go on without such pictures."
+            raise known_everywhere(UnreadablePicture(f"{e} {remedy}")) from e
         embeddings = distributed.all_gather_shares(own, len(pictures))
         distributed.on_main(lambda: write_page(trained, source, embeddings, out, args.max_pictures))
         is_main = distributed.is_main()

@@ -1,6 +1,7 @@
 """``uhml search``: the pictures that are most like one."""
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,15 +19,16 @@ from rich.table import Table
 from uhml import distributed
 from uhml.cli import count
 from uhml.commands.options import add_network_arguments, check_out, console, opened
-from uhml.data.decode import load_rgb
+from uhml.data.decode import UnreadablePicture, load_rgb
 from uhml.data.images import list_images
-from uhml.data.names import shown
 from uhml.data.pictures import Pictures
 from uhml.data.verify import list_pictures
 from uhml.embedding import embed_share
 from uhml.errors import UserError, known_everywhere
 from uhml.hierarchy.geometry import Geometry
 from uhml.hierarchy.knn import nearest_neighbors
+from uhml.logs import shown
+from uhml.reporting.figures import evenly
 from uhml.reporting.sheets import Answer, Tile, write_sheet
 from uhml.trained import Trained
 from uhml.trained.gallery import embedded_gallery
@@ -42,6 +44,11 @@ EXAMPLES = """\
 """
 
 SHEET_SUFFIXES = (".png", ".jpg")
+
+# Pictures whose vectors in a file are compared with the network's, and how far apart, relative to their length, they
+# may be: those of two networks are as far apart as strangers.
+CHECKED = 8
+MOST_APART = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,16 +140,9 @@ def search(
         For each query, the nearest first; fewer than ``top`` where there are no more.
 
     Raises:
-        UserError: a query cannot be read, or the gallery is of another network.
+        UserError: a query cannot be read.
     """
     config, device = trained.config, trained.model.device
-    if gallery.rows.shape[1] != config.model.embedding_dim:
-        raise known_everywhere(
-            UserError(
-                f"The vectors have {gallery.rows.shape[1]} dimensions, and the network's have "
-                f"{config.model.embedding_dim}: take those that uhml embed made with this run, without --features."
-            )
-        )
     geometry = Geometry("poincare", config.model.curvature)
     points = geometry.points(torch.from_numpy(np.array(gallery.rows, np.float32)).to(device))
     row_of = {os.path.abspath(path): row for row, path in enumerate(gallery.paths)}
@@ -177,7 +177,9 @@ def search(
 def _gallery(trained: Trained, args: argparse.Namespace) -> tuple[Vectors, dict[str, str]]:
     """Return what is searched, and the classes of its pictures as far as they are known. A collective."""
     if args.vectors is not None:
-        return distributed.on_every_rank(lambda: read_vectors(args.vectors)), {}
+        vectors = distributed.on_every_rank(lambda: read_vectors(args.vectors))
+        _refuse_others_vectors(trained, vectors, args.vectors)
+        return vectors, {}
     folder = trained.folder / "search"
     if args.images is not None:
         pictures = distributed.on_every_rank(lambda: list_images(args.images))
@@ -191,6 +193,40 @@ def _gallery(trained: Trained, args: argparse.Namespace) -> tuple[Vectors, dict[
         labels = {path: train.class_names[label] for path, label in zip(train.paths, train.labels, strict=True)}
     skip_corrupt = args.skip_corrupt or data.skip_corrupt
     return embedded_gallery(trained, train, folder / "train", skip_corrupt=skip_corrupt), labels
+
+
+def _refuse_others_vectors(trained: Trained, vectors: Vectors, file: Path) -> None:
+    """See whether some of the pictures that are still there have the vectors that the network gives them. A collective.
+
+    Raises:
+        UserError: they have not, or are no points of the ball.
+    """
+    width = trained.config.model.embedding_dim
+    cure = "take those that uhml embed made with this run, without --features."
+    if vectors.rows.shape[1] != width:
+        said = f"The vectors of {file} have {vectors.rows.shape[1]} dimensions, and the network's have {width}: {cure}"
+        raise known_everywhere(UserError(said))
+
+    geometry = Geometry("poincare", trained.config.model.curvature)
+    points = geometry.points(torch.from_numpy(np.array(vectors.rows, np.float32)))
+
+    def there() -> list[int]:
+        rows = []
+        for row in evenly(len(vectors.paths), CHECKED):
+            with contextlib.suppress(UnreadablePicture):
+                load_rgb(vectors.paths[row])
+                rows.append(int(row))
+        return rows
+
+    if rows := distributed.gather_objects(distributed.on_main(there))[0]:
+        pictures = Pictures(paths=[vectors.paths[row] for row in rows])
+        own = embed_share(trained.model, pictures, trained.config, "compare the vectors with the network's")
+        expected = distributed.all_gather_shares(own, len(rows)).cpu()
+        found = points[rows]
+        # Of most of them: a picture may have changed. Another precision or device changes the third digit at most.
+        gap = ((found - expected).norm(dim=1) / expected.norm(dim=1)).median()
+        if not gap < MOST_APART:
+            raise known_everywhere(UserError(f"The vectors of {file} are not those that the network gives: {cure}"))
 
 
 def _plain(trained: Trained, queries: Sequence[str], found: Sequence[Sequence[Found]], num: int) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from torch.utils.data import Dataset
 from uhml.config import DataConfig
 from uhml.data.decode import find_unreadable, opened
 from uhml.data.formats import FORMATS
-from uhml.data.names import shown
 from uhml.data.official import OFFICIAL, differences
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.reading import missing_noted
 from uhml.data.verify import list_pictures
 from uhml.data.workers import Loader
+from uhml.logs import shown
 from uhml.progress import progress
 
 BATCH = 32

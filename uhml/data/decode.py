@@ -4,6 +4,7 @@ import contextlib
 import io
 import math
 import os
+import stat
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,16 +63,26 @@ def opened(path: str | Path) -> io.BufferedReader | io.BytesIO:
     """Open a picture's file, or a member of a tar file by the path ``shard.tar/member.jpg``.
 
     Raises:
-        OSError: there is no such file or member.
+        OSError: there is no such file or member, or it is no file but a pipe or a device.
         UserError: the tar file is not usable.
     """
     try:
-        return open(path, "rb")
+        return open(path, "rb", opener=_open_file)
     except NotADirectoryError:
         contents = read_member(str(path))
         if contents is None:
             raise
         return io.BytesIO(contents)
+
+
+def _open_file(path: str, flags: int) -> int:
+    """Open a file, and no pipe or device, for ``open``: to open a pipe would wait until somebody writes into it."""
+    number = os.open(path, flags | os.O_NONBLOCK)
+    kind = os.fstat(number).st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # of a folder, open itself says so
+        os.close(number)
+        raise OSError("it is no regular file")
+    return number
 
 
 def stamp(path: str) -> tuple[int, int]:
@@ -142,6 +153,8 @@ def _decode(path: str | Path) -> Image.Image:
         raise
     except FileNotFoundError as error:
         raise _Refused("does not exist") from error
+    except IsADirectoryError as error:
+        raise _Refused("is a folder") from error
     except UnidentifiedImageError as error:
         raise _Refused(_why_unidentified(str(path))) from error
     except Image.DecompressionBombError as error:

@@ -72,8 +72,3 @@ def common_folder(paths: Iterable[str]) -> str:
     """Return the deepest folder that all paths lie in, or below."""
     # What os.path.dirname returns, in half the time: the root's own name is its separator.
     return os.path.commonpath({path[: max(path.rfind(os.sep), path.startswith(os.sep))] for path in paths})
-
-
-def shown(name: str) -> str:
-    """Return a file's name as a terminal can show it: on one line, without control characters or broken UTF-8."""
-    return name if name.isprintable() else ascii(name)[1:-1]

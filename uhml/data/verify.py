@@ -72,7 +72,8 @@ def _readable(pictures: Pictures, name: str, config: DataConfig) -> Pictures:
         return pictures
     first = f"{pictures.paths[refused[0][0]]} {refused[0][1]}"
     if not config.skip_corrupt:
-        more = f" ({len(refused)} such pictures in the {name} part)" if len(refused) > 1 else ""
+        others = len(refused) - 1
+        more = f" (and {others} more of the {name} pictures cannot be read)" if others else ""
         raise known_everywhere(
             UnreadablePicture(
                 f"The picture {first}{more}. Mend or remove it, or add data.skip_corrupt=true to go on without."

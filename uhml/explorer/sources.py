@@ -10,7 +10,6 @@ from uhml.data.pictures import Pictures, Splits
 from uhml.data.verify import list_pictures, readable_pictures
 from uhml.errors import UserError
 from uhml.hierarchy import Dendrogram
-from uhml.run.checkpoint import read_file
 from uhml.run.run_dir import HIERARCHIES
 from uhml.run.training_state import fingerprint
 from uhml.trained import Trained
@@ -47,12 +46,12 @@ def find_source(trained: Trained, part: str, images: Path | None) -> Source:
     Raises:
         UserError: they are not there, or too few.
     """
+    splits = list_pictures(trained.config.data) if images is None else Splits(train=list_images(images))
+    if trained.config.data.skip_corrupt:
+        splits = readable_pictures(splits, trained.config.data)
     if images is not None:
-        source = Source(list_images(images), images.resolve().name, {})
+        source = Source(splits.train, images.resolve().name, {})
     else:
-        splits = list_pictures(trained.config.data)
-        if trained.config.data.skip_corrupt:
-            splits = readable_pictures(splits, trained.config.data)
         if part == "test":
             if splits.test is None:
                 raise UserError("--part test: no classes are known for the run's pictures, so all of them are train.")
@@ -70,7 +69,7 @@ def _saved_trees(trained: Trained, splits: Splits) -> dict[int, Dendrogram]:
     paths = [path for path in paths if _step(path) <= trained.step]
     if not paths:
         return {}
-    if read_file(trained.checkpoint).get("pictures") != fingerprint(splits):
+    if trained.pictures != fingerprint(splits):
         logger.warning(
             "The pictures are not those that the run was trained on, so the tree is made anew and has no history."
         )

@@ -26,6 +26,11 @@ examples:
   uhml cluster embeddings.npy --mode exact --out tree.npz --labels labels.npy
 """
 
+MODE = (
+    "what is averaged: the distances of near pairs (graph) or of all pairs (dense), or of all pairs their squares, in "
+    "the ball their cosh (exact); default: %(default)s"
+)
+
 PLOT_SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
 
 
@@ -34,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument("embeddings", type=Path, metavar="EMBEDDINGS.npy", help="matrix of floats, one row a point")
     parser.add_argument("--out", type=Path, required=True, metavar="TREE.npz", help="where to write the tree")
-    parser.add_argument("--mode", choices=MODES, default="graph", help="what is averaged (default: %(default)s)")
+    parser.add_argument("--mode", choices=MODES, default="graph", help=MODE)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="poincare", help="default: %(default)s")
     parser.add_argument("--curvature", type=float, default=0.1, help="c of the Poincaré ball (default: %(default)s)")
     parser.add_argument(
@@ -152,7 +157,7 @@ def _load(path: Path) -> np.ndarray:
     try:
         # Copy on write: read as it is needed, never written.
         array = np.load(path, mmap_mode="c", allow_pickle=False)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"There is no file {path}.") from None
     except (ValueError, EOFError):
         raise UserError(f"{path} is not a .npy file of numbers.") from None

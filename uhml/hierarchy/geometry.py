@@ -29,6 +29,8 @@ GEOMETRIES = ("poincare", "cosine", "euclidean")
 EDGE = 1e-5
 # Further outside than rounding can carry a point, it is no point of the ball.
 OUTSIDE = 1e-3
+# Of the square root of the greatest number there is: the squares of longer rows, or the sums of many, would be none.
+LONGEST = 1e-3
 # Rows that are float64 at a time.
 ROWS_PER_BLOCK = 65536
 
@@ -96,7 +98,8 @@ class Geometry:
             off the ball's edge (see EDGE) for "poincare".
 
         Raises:
-            UserError: not a matrix of floats, or a row is not finite, is zero (cosine) or lies outside the ball.
+            UserError: not a matrix of floats, or a row is not finite, too long to be squared, zero (cosine) or outside
+                the ball.
         """
         if embeddings.ndim != 2 or embeddings.shape[1] == 0 or not embeddings.is_floating_point():
             raise UserError(
@@ -118,9 +121,13 @@ class Geometry:
         if suspect.any():
             suspect[suspect.clone()] = ~rows[suspect].isfinite().all(1)
             refuse(suspect, "holds NaN or infinity: drop it or look for the fault that made it")
-        if self.name == "euclidean" or (self.name == "poincare" and self.c == 0):
-            return rows
         norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        is_flat = self.name == "euclidean" or (self.name == "poincare" and self.c == 0)
+        # Of unit vectors the norms alone are squared, in float64.
+        longest = LONGEST * math.sqrt(torch.finfo(rows.dtype if is_flat else norms.dtype).max)
+        refuse(norms > longest, f"is longer than {longest:.1g}, so that squares of distances overflow: scale all rows")
+        if is_flat:
+            return rows
         if self.name == "cosine":
             refuse(norms == 0, "is zero and has no cosine with anything: drop it or use another geometry")
             return rows / norms[:, None].to(rows.dtype)

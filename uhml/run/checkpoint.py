@@ -116,11 +116,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
         try:
             read_file(path)
         except DamagedFile as e:
-            logger.warning("Going back to the checkpoint before %s, which is damaged (%s).", path, e)
+            logger.warning("%s is damaged, and passed over (%s).", path, e)
         else:
             return path
     if paths:
-        raise UserError(f"All {len(paths)} checkpoints in {folder} are damaged: begin anew with --overwrite.")
+        raise UserError(f"All {len(paths)} checkpoints in {folder} are damaged.")
     return None
 
 

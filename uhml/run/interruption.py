@@ -32,15 +32,15 @@ class Preempted(BaseException):
 
     Args:
         number: of the signal.
-        where: the run ended.
+        where: the run ended, if there is more to say than that it did.
 
     Attributes:
         signal: the number of the signal.
     """
 
-    def __init__(self, number: int, where: str = "before the first step") -> None:
+    def __init__(self, number: int, where: str = "") -> None:
         name = signal.Signals(number).name
-        super().__init__(f"Stopped by {name} {where}: start the same command again to go on.")
+        super().__init__(f"Stopped by {name}{where and f' {where}'}: start the same command again to go on.")
         self.signal = number
 
     @property

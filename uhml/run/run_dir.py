@@ -111,12 +111,17 @@ def _prepare(
         lock(run_dir, stack)
         if not overwrite and (run_dir / "result.json").exists():
             raise UserError(f"{run_dir} holds a finished run: name another folder by --run-dir, or add --overwrite.")
-        checkpoint = None if overwrite else newest_checkpoint(run_dir / "checkpoints")
+        try:
+            checkpoint = None if overwrite else newest_checkpoint(run_dir / "checkpoints")
+        except UserError as e:
+            raise UserError(f"{e} Begin anew with --overwrite.") from e
         if checkpoint is None:
             # An earlier launch may have ended before there was anything to go on from.
             _empty(run_dir, keep=(LOCK, LAUNCH, STATUS, "logs"))
         else:
             refuse_changes(load_config(run_dir / "config.yaml"), config, allow_change)
+            if (taken := int(checkpoint.stem.removeprefix("step-"))) > config.train.num_steps:
+                raise UserError(f"train.num_steps={config.train.num_steps}: the run has taken {taken} steps already.")
             # Trees of later steps, too: with a changed config they may never be found again.
             later = [path for path in run_dir.glob(f"{HIERARCHIES}/*.npz") if path.stem > checkpoint.stem]
             for path in (*later, *(path for part in UNFINISHED for path in run_dir.glob(part))):

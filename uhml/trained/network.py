@@ -20,12 +20,15 @@ class Trained:
         config: of its run.
         step: how many steps it was trained for.
         checkpoint: the file it is from.
+        pictures: what the pictures of its run are known by (:func:`uhml.run.training_state.fingerprint`); None where
+            the file does not tell.
     """
 
     model: Embedder
     config: Config
     step: int
     checkpoint: Path
+    pictures: list[tuple[int, str]] | None
 
     @property
     def folder(self) -> Path:
@@ -57,4 +60,4 @@ def load_trained(source: str, device: torch.device | str = "cpu") -> Trained:
     except (RuntimeError, TypeError) as e:
         reason = " ".join(str(e).split())[:300]
         raise UserError(f"{path} is not of the network that its config describes: {reason}") from e
-    return Trained(model.to(device).eval(), config, state["step"], path)
+    return Trained(model.to(device).eval(), config, state["step"], path, state.get("pictures"))
