@@ -251,6 +251,24 @@ def test_contrast_is_nothing_where_a_picture_has_one_view():
     assert not distances.grad.any()
 
 
+def test_contrast_has_a_finite_gradient_where_a_picture_is_compared_with_itself():
+    """As in every real batch, whose own distances are 0."""
+    points = (0.1 * torch.randn(4, 3, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    picture, place = torch.tensor([0, 0, 1, 1]), torch.eye(4, dtype=torch.bool)
+    distances = poincare.distance_matrix(points, points, 0.1)
+    ViewContrast(10.0, 2)(distances, 2 * (picture[:, None] == picture).long(), place).backward()
+    assert points.grad.isfinite().all()
+    assert points.grad.any()
+
+
+def test_a_batch_all_on_one_level_costs_nothing():
+    points = 0.1 * torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    one_level = Batch(points, torch.arange(4), range(4))
+    found = global_loss(HierarchicalLogRatioLoss(0.8, 1), one_level, torch.zeros(1, 4, dtype=torch.int32), 0.1)
+    assert float(found.loss) == float(found.own) == 0
+    assert torch.equal(found.gradient, torch.zeros(4, 3))
+
+
 def test_the_loss_is_the_log_ratio_loss_and_so_much_contrast():
     distances, _, is_self = batch(6, 0, 3, 0)
     picture = torch.tensor([0, 0, 1, 1, 2, 2])

@@ -12,7 +12,7 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from uhml import metrics
 from uhml.hierarchy.geometry import Geometry
-from uhml.metrics import Embedded, retrieval, score
+from uhml.metrics import Embedded, kmeans_clusters, retrieval, score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECALL_AT = (1, 2, 4, 8)
@@ -151,7 +151,7 @@ def test_equal_distances_are_ranked_by_index(geometry, dim):
 
 
 def test_a_gap_that_rounding_made_negative_is_no_nearer_than_zero():
-    gaps = torch.tensor([[0.5, 0.0, -1e-17, 1e-17, -0.0, 0.25]], dtype=torch.float64)
+    gaps = torch.tensor([[0.5, 0.0, -1e-11, 1e-17, -0.0, 0.25]], dtype=torch.float64)
     assert metrics._smallest(gaps, torch.tensor([[1e-12]]), 6).tolist() == [[1, 2, 3, 4, 5, 0]]
 
 
@@ -186,6 +186,18 @@ def test_clusters_that_are_the_classes_have_nmi_1_in_the_geometry_at_hand():
     )
     best = max(score(Embedded(line, labels), None, BALL, (1,), seed).nmi for seed in range(3))
     assert best == pytest.approx(1)
+
+
+def test_k_means_of_the_ball_is_in_the_tangent_space(monkeypatch):
+    seen = []
+    fit_predict = metrics.KMeans.fit_predict
+    monkeypatch.setattr(
+        metrics.KMeans, "fit_predict", lambda self, rows: (seen.append(rows), fit_predict(self, rows))[1]
+    )
+    rows = torch.tensor([[0.1, 0.2], [3.0, 0.0], [0.0, -3.1], [1.0, 1.0]], dtype=torch.float64)
+    kmeans_clusters(Embedded(rows, np.array([0, 0, 1, 1])), BALL, 0)
+    radius = rows.norm(dim=1, keepdim=True) * math.sqrt(0.1)
+    torch.testing.assert_close(torch.from_numpy(seen[0]).double(), rows * radius.atanh() / radius, rtol=1e-6, atol=0)
 
 
 def test_nmi_is_scikit_learns_of_clusters_against_classes(monkeypatch):

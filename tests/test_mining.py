@@ -152,6 +152,29 @@ def test_clusters_of_a_batch_come_with_relatives_as_far_as_there_are_any():
     np.testing.assert_allclose(drawn[1:], 3000 * 24 / (len(coarse) - 1), rtol=0.35)
 
 
+def test_just_so_many_come_together():
+    # Fifty coarse clusters of eight fine ones.
+    finest = np.repeat(np.arange(400), 2)
+    levels = np.stack([finest, finest // 8]).astype(np.int32)
+    for step in range(50):
+        families = levels[1][ClusterBatches(levels, 8, 2, 0, 4)(step)].reshape(8, 2)[:, 0]
+        # Two draws, unless the second is one of the same coarse cluster.
+        assert len(set(families[:4])) == 1
+        assert len(set(families[4:])) == 1
+    assert families[0] != families[4]
+
+
+def test_relatives_are_drawn_by_their_size():
+    # One coarse cluster, of ten fine ones of two pictures and ten of forty.
+    sizes = np.repeat([2, 40], 10)
+    finest = np.repeat(np.arange(20), sizes)
+    levels = np.stack([finest, np.zeros_like(finest)]).astype(np.int32)
+    drawn = np.bincount(
+        np.concatenate([levels[0][ClusterBatches(levels, 4, 2, 0, 4)(step)][::2] for step in range(500)]), minlength=20
+    )
+    assert drawn[10:].sum() > 10 * drawn[:10].sum()
+
+
 def test_clusters_that_are_drawn_by_themselves_hardly_share_a_level():
     levels = nested(4000, [1500, 200], np.random.default_rng(0))
 

@@ -1,5 +1,6 @@
 """Whole runs, started as their users start them."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw
 
 import uhml.train
 from uhml import cli, poincare
-from uhml.config import Config, load_config, parse_dump
+from uhml.config import Config, DataConfig, ModelConfig, TrainConfig, load_config, parse_dump
 from uhml.data.loading import TrainingBatches
 from uhml.data.transforms import training_transform
 from uhml.data.verify import list_pictures
@@ -25,10 +26,14 @@ from uhml.hierarchy import Dendrogram, linkage
 from uhml.hierarchy.knn import nearest_neighbors
 from uhml.loss import HierarchicalLogRatioLoss, similarity_levels
 from uhml.model import build_embedder
+from uhml.model.head import HyperbolicHead
+from uhml.model.projector import Projector
 from uhml.run.checkpoint import read_file, write_file
 from uhml.run.random_state import restore_random_state
+from uhml.run.reclustering import clusters_to_learn
 from uhml.run.status import read_status
 from uhml.run.training_state import read_state
+from uhml.train import build_model
 from uhml.trained import load_trained
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -116,6 +121,74 @@ def torchrun(num_ranks, config, root, run_dir, *overrides):
 def figures(run_dir, kind):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
+
+
+def test_every_key_reaches_what_it_is_for(shapes, config, tmp_path, monkeypatch):
+    """Each with a value that is not its default, and looked at where it takes effect."""
+    seen = {}
+
+    def spied(owner, name, key):
+        original = getattr(owner, name)
+
+        def call(*arguments, **options):
+            seen.setdefault(key, (arguments, options))
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    spied(uhml.train, "average_linkage_over_ranks", "linkage")
+    spied(uhml.train, "HierarchicalLoss", "loss")
+    spied(uhml.train.nn.utils, "clip_grad_norm_", "clip")
+    spied(uhml.run.reclustering, "ClusterBatches", "batches")
+    spied(HyperbolicHead, "fit", "head")
+    spied(Projector, "fit", "projector")
+    linkage_keys = {
+        "mode": "exact",
+        "geometry": "cosine",
+        "num_neighbors": 7,
+        "exact_search_up_to": 33,
+        "min_recall": 0.7,
+    }
+    changed = {f"hierarchy.{key}": value for key, value in linkage_keys.items()} | {
+        "model.curvature": 0.2,
+        "model.start_norm": 1.5,
+        "model.whitening": 0.25,
+        "mining.clusters_together": 2,
+        "loss.omega": 0.7,
+        "loss.view_weight": 0.4,
+        "loss.view_sharpness": 7.0,
+        "optim.gradient_clip": 0.5,
+        "train.seed": 5,
+        "train.num_steps": 1,
+    }
+    for key, value in changed.items():
+        section, name = key.split(".")
+        assert getattr(getattr(Config(), section), name) != value, f"{key}={value} is the default"
+    assert run(config, shapes, tmp_path / "run", *(f"{key}={value}" for key, value in changed.items())) == 0
+    assert seen["linkage"][1] == {**linkage_keys, "curvature": 0.2}
+    options, num_cuts, num_views = seen["loss"][0]
+    assert (options.omega, options.view_weight, options.view_sharpness, num_cuts, num_views) == (0.7, 0.4, 7.0, 3, 2)
+    assert seen["clip"][0][1] == 0.5
+    # Clusters, pictures of each, seed, and how many come together.
+    assert seen["batches"][0][1:] == (4, 2, 5, 2)
+    _, init, _, start_norm, whitening = seen["head"][0]
+    assert (init, start_norm, whitening) == ("whitened_pca", 1.5, 0.25)
+    assert seen["projector"][0][3] == 1.5
+
+
+def test_seeds_begin_with_other_weights_and_other_batches():
+    def weights(seed):
+        model = ModelConfig(backbone="test_efficientnet.r160_in1k", weights="random")
+        built = build_model(Config(model=model, data=DataConfig(image_size=32), train=TrainConfig(seed=seed)), True)
+        return torch.cat([weight.flatten() for weight in built.state_dict().values()])
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+    levels = torch.arange(400)[None].int() // 4
+    first, again, other = (
+        clusters_to_learn(levels, Config(train=TrainConfig(seed=seed)))(0).tolist() for seed in (0, 0, 1)
+    )
+    assert first == again != other
 
 
 def stop_after(step, monkeypatch):
@@ -291,11 +364,16 @@ def test_queries_search_their_gallery(shapes, config, tmp_path):
     assert recall > 0
 
 
+def all_to_train(shapes, folder, *more):
+    """List all eight classes as such to train on, enough of them to hold some out."""
+    rows = [f"{path},{path.parent.name},train" for path in sorted(shapes.glob("*/*.png"))]
+    (folder / "list.csv").write_text("\n".join(["path,label,split", *rows, *more]))
+    return folder / "list.csv"
+
+
 def test_validation_holds_out_training_classes_and_keeps_the_best(shapes, config, tmp_path, caplog):
     (tmp_path / "never-opened.png").write_text("no picture")
-    rows = [f"{path},{path.parent.name},train" for path in sorted(shapes.glob("*/*.png"))]
-    listed = tmp_path / "list.csv"
-    listed.write_text("\n".join(["path,label,split", *rows, f"{tmp_path / 'never-opened.png'},other,test"]))
+    listed = all_to_train(shapes, tmp_path, f"{tmp_path / 'never-opened.png'},other,test")
     options = ("data.dataset=list", "data.score_on=validation", "eval.at_reclustering=true", "train.num_steps=6")
     assert run(config, listed, tmp_path / "run", *options) == 0
     assert f"train: {6 * PER_CLASS} pictures of 6 classes" in caplog.text
@@ -440,6 +518,29 @@ def test_going_on_needs_no_permission_for_what_changes_nothing(shapes, config, t
     assert read_status(cut).restarts == 2
 
 
+def test_going_on_forgets_neither_the_best_network_nor_the_time(shapes, config, tmp_path, monkeypatch):
+    run_dir, listed = tmp_path / "run", all_to_train(shapes, tmp_path)
+    options = ("data.dataset=list", "data.score_on=validation", "eval.at_reclustering=true")
+    better = iter((0.5, 0.9, 0.6, 0.7))  # before the first step, at 2, and after each launch's end
+    score = uhml.train.score_unseen
+
+    def as_good_as_told(*arguments):
+        scores = score(*arguments)
+        recall = next(better)
+        return scores | {"ball": dataclasses.replace(scores["ball"], recall_at_k={"1": recall, "4": 1.0})}
+
+    monkeypatch.setattr(uhml.train, "score_unseen", as_good_as_told)
+    with monkeypatch.context() as stopped:
+        stop_after(3, stopped)
+        assert run(config, listed, run_dir, *options) == 75
+    assert torch.load(run_dir / "checkpoints" / "best.pt", weights_only=True)["step"] == 2
+    saved = read_state(max((run_dir / "checkpoints").glob("step-*.pt")))
+    assert saved["seconds"] > 0
+    assert run(config, listed, run_dir, *options) == 0
+    assert torch.load(run_dir / "checkpoints" / "best.pt", weights_only=True)["step"] == 2
+    assert result(run_dir)["seconds"] > saved["seconds"]
+
+
 def test_an_allowed_change_holds_from_there_on(shapes, config, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     stop_after(3, monkeypatch)
@@ -451,7 +552,9 @@ def test_an_allowed_change_holds_from_there_on(shapes, config, tmp_path, monkeyp
     steps = figures(run_dir, "train")
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     assert steps[2]["learning_rate"] == pytest.approx(1e-4 * 0.5 * (1 + np.cos(np.pi * 2 / 4)))
-    assert steps[3]["learning_rate"] == pytest.approx(1e-5 * 0.5 * (1 + np.cos(np.pi * 3 / 6)))
+    for taken in (3, 4, 5):
+        expected = 1e-5 * 0.5 * (1 + np.cos(np.pi * taken / 6))
+        assert steps[taken]["learning_rate"] == pytest.approx(expected)
     # New cuts are made at once.
     assert [line["step"] for line in figures(run_dir, "hierarchy")] == [0, 2, 3, 4, 6]
     assert figures(run_dir, "hierarchy")[-1]["level2_clusters"] == 2

@@ -4,7 +4,7 @@ import torch
 from reference import CURVATURE, ball, cosh_of_distance, distances
 
 from uhml.errors import UserError
-from uhml.hierarchy.geometry import GEOMETRIES, Geometry, polar
+from uhml.hierarchy.geometry import EDGE, GEOMETRIES, Geometry, polar
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -47,7 +47,9 @@ def test_products_of_lifts_are_gaps(geometry):
 def test_points_on_the_edge_are_pulled_back():
     x = torch.eye(3) / CURVATURE**0.5
     points = Geometry("poincare", CURVATURE).points(x)
-    assert (CURVATURE * points.square().sum(1) < 1).all()
+    assert (CURVATURE * points.double().square().sum(1) <= (1 - EDGE) ** 2 + 1e-6).all()
+    with pytest.raises(UserError, match="outside the ball"):
+        Geometry("poincare", CURVATURE).points(1.01 * x)
 
 
 @pytest.mark.parametrize(

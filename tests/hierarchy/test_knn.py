@@ -52,6 +52,19 @@ def test_exact_where_float32_products_are_noise(geometry):
     assert torch.equal(ids.long(), brute_neighbors(gaps, 5))
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("spread", [1e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("n", [10, 100])
+def test_exact_where_rounding_of_products_is_as_large_as_gaps(spread, n):
+    generator = torch.Generator().manual_seed(n)
+    space = Geometry("poincare", 0.3)
+    for _ in range(5):
+        x = space.points(torch.tensor([0.5 / 0.3**0.5, 0, 0]) - spread * torch.rand(n, 3, generator=generator))
+        w = space.weights(x)
+        true = brute_neighbors(space.gap(x[:, None], x[None], w[:, None], w[None]), 2)
+        assert torch.equal(nearest_neighbors(x, torch.arange(n), x, torch.arange(n), 2, space)[0].long(), true)
+
+
 def test_a_row_is_left_out_by_its_number():
     x = torch.zeros(4, 2)
     ids, found = neighbors(x, 3, "euclidean")
@@ -67,6 +80,18 @@ def test_parts_together_give_the_whole():
     together = nearer(nearer(parts[2], parts[0]), parts[1])
     assert torch.equal(whole[0], together[0])
     assert torch.equal(whole[1], together[1])
+
+
+def test_parts_together_give_the_whole_where_distances_are_equal():
+    space = Geometry("euclidean")
+    x = torch.cartesian_prod(torch.arange(6.0), torch.arange(6.0))
+    ids = torch.arange(36)
+    whole = nearest_neighbors(x, ids, x, ids, 6, space)
+    parts = [nearest_neighbors(x, ids, x[part], part, 6, space) for part in (ids[::3], ids[1::3], ids[2::3])]
+    for first, second, third in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        together = nearer(nearer(parts[first], parts[second]), parts[third])
+        assert torch.equal(whole[0], together[0])
+        assert torch.equal(whole[1], together[1])
 
 
 def test_too_few_points_leave_the_query_itself_infinitely_far():
@@ -116,6 +141,20 @@ def test_points_that_no_cells_part_are_searched_exactly(caplog):
     true_ids, true_found = neighbors(x, 10, "cosine")
     assert torch.equal(ids, true_ids)
     assert torch.equal(found, true_found)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("d", [17, 32])
+def test_approximate_distances_are_those_of_the_points_that_are_named(d):
+    """Groups of four, of which few cells have ten: what is not found is infinitely far, and nothing else is."""
+    middle = torch.randn(1250, d, generator=torch.Generator().manual_seed(7))
+    x = middle.repeat_interleave(4, 0) + 0.01 * torch.randn(5000, d, generator=torch.Generator().manual_seed(8))
+    ids, found = neighbors(x, 10, "euclidean", min_recall=0.3)
+    true = (x[:, None] - x[ids.long()]).double().norm(dim=2)
+    there = found.isfinite()
+    assert there.any()
+    assert not there.all()
+    torch.testing.assert_close(found[there].double(), true[there], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("backend")

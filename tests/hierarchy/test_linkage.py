@@ -30,7 +30,7 @@ from sklearn.metrics import adjusted_rand_score
 from sknetwork.hierarchy import Paris
 
 from uhml.errors import UserError
-from uhml.hierarchy import average_linkage, exact, graph, knn, linkage, memory, rounds
+from uhml.hierarchy import average_linkage, exact, graph, knn, linkage, memory, merging_over_ranks, rounds
 from uhml.hierarchy.geometry import GEOMETRIES, Geometry
 from uhml.hierarchy.graph import graph_linkage
 
@@ -286,11 +286,34 @@ def test_memory_mapped_embeddings(tmp_path):
     assert average_linkage(mapped).num_points == 100
 
 
-def test_products_are_true_float32_whatever_training_allows():
-    x = mixture(8, 1000)[0]
+@pytest.mark.parametrize("seed", range(3))
+def test_exact_where_rounding_of_products_is_as_large_as_gaps(seed):
+    x = 0.5 + 1e-3 * torch.rand(200, 3, generator=torch.Generator().manual_seed(seed))
+    space = Geometry("poincare", 0.3)
+    points = space.points(x).double()
+    w = space.weights(points)
+    upper = np.triu_indices(len(x), 1)
+    gaps = space.mean_dissimilarity(space.gap(points[:, None], points[None], w[:, None], w[None])).numpy()[upper]
+    expected = scipy.cluster.hierarchy.linkage(gaps, "average")[:, 2]
+    found = average_linkage(x, mode="exact", geometry="poincare", curvature=0.3).heights
+    # Of what cosh has above 1, which is all that tells these points apart.
+    np.testing.assert_allclose(found - 1, expected - 1, rtol=1e-3)
+
+
+def test_products_are_true_float32_whatever_training_allows(monkeypatch):
+    x, precisions = mixture(8, 1000)[0], set()
     expected = average_linkage(x, mode="exact").to_scipy()
     torch.set_float32_matmul_precision("medium")
+    searches = knn.exact_search
+
+    def noted(lifted):
+        search = searches(lifted)
+        return lambda *options: (precisions.add(torch.get_float32_matmul_precision()), search(*options))[1]
+
+    monkeypatch.setattr(knn, "exact_search", noted)
     try:
+        average_linkage(x, num_neighbors=5)
+        assert precisions == {"highest"}
         assert np.array_equal(average_linkage(x, mode="exact").to_scipy(), expected)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
@@ -327,7 +350,18 @@ def test_what_was_read_from_files_counts_as_free(tmp_path, monkeypatch):
         (folder / "memory.stat").write_text(f"anon 7\n{prefix}inactive_file {gib}\n{prefix}active_file 9\n")
         assert memory.available(torch.device("cpu")) == 2 * gib
         (folder / names[0]).write_text("max\n")
-        assert memory.available(torch.device("cpu")) > 0
+        assert memory.available(torch.device("cpu")) != 2 * gib
+
+
+@pytest.mark.parametrize("limit", [None, 2**10])
+def test_merging_in_a_process_of_its_own_is_refused_before_it_takes_memory(limit, monkeypatch):
+    merging = merging_over_ranks(ball(0, 50), 50, num_neighbors=3)
+    if limit is None:
+        assert merging().num_points == 50
+        return
+    monkeypatch.setattr(memory, "available", lambda device: limit)
+    with pytest.raises(UserError, match=r"needs about .* GiB of memory on cpu"):
+        merging()
 
 
 def test_dense_stops_where_memory_would():
