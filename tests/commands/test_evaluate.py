@@ -39,7 +39,7 @@ def embedded_test_pictures(run):
 
 def test_scores_are_those_by_hand_and_of_the_run(run_copy, capsys):
     assert evaluate(run_copy) == 0
-    assert "not those of the run" not in capsys.readouterr().err
+    assert "not those that the run knew" not in capsys.readouterr().err
     scores = json.loads((run_copy / "evaluation" / "scores.json").read_text())
     pictures, points, curvature = embedded_test_pictures(run_copy)
     assert scores["pictures"] == len(pictures) > 50
@@ -112,7 +112,7 @@ def test_other_pictures_with_names_that_need_care(run_copy, shapes, tmp_path, ca
     assert not (run_copy / "evaluation").exists()
     said = capsys.readouterr()
     assert "plain" in said.out
-    assert "The pictures are not those of the run" in said.err
+    assert "The pictures are not those that the run knew" in said.err
     # The classes that are scored are the last by name.
     every = [f"data.root={tmp_path / 'turned'}", "data.dataset=folder"]
     for name in ("[red]ünï $x_{", "<img src=x onerror=alert(1)>"):

@@ -163,6 +163,7 @@ def test_more_than_there_are(run_copy, shapes, tmp_path, capsys):
         (["--query", "one.png", "--vectors", "wide.npy"], "have 3 dimensions, and the network's have 16"),
         (["--query", "one.png", "--vectors", "nameless.npy"], "needs nameless.csv beside it"),
         (["--query", "one.png", "--vectors", "short.npy"], "holds 2 vectors, and 1 pictures are named"),
+        (["--query", "one.png", "--vectors", "others.npy"], "others.npy are not those that the network gives"),
         (["--query", "one.png", "--vectors", "outside.npy"], "lies outside the ball"),
         (["--query", "one.png", "--vectors", "words.npy"], "is not a .npy file"),
         (["--query", "one.png", "--vectors", "words.parquet"], "is no Parquet file"),
@@ -179,6 +180,10 @@ def test_what_is_refused(run_copy, shapes, tmp_path, monkeypatch, capsys, words,
         np.save(f"{name}.npy", np.full(shape, 9.0, np.float32))
         if name != "nameless":
             (tmp_path / f"{name}.csv").write_text("path\none.png\n")
+    # Of pictures that are gone nothing can be compared.
+    shutil.copy("outside.npy", "others.npy")
+    shutil.move("outside.csv", "others.csv")
+    (tmp_path / "outside.csv").write_text("path\ngone.png\n")
     (tmp_path / "words.npy").write_text("words")
     (tmp_path / "words.parquet").write_text("words")
     assert search(run_copy, *words) == 2

@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> None:
         if has_labels:
             if trained.pictures not in (None, fingerprint(splits)) and distributed.is_main():
                 logger.warning(
-                    "The pictures are not those of the run: of classes that it was trained on the scores are too good."
+                    "The pictures are not those that the run knew: of classes that it was trained on, if there are "
+                    "any, the scores are too good."
                 )
             found = evaluate(trained.model, splits, trained.config, COLUMNS)
             pairs = most_confused(splits, found.neighbors)
