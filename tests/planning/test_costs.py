@@ -190,3 +190,41 @@ def test_search_in_cells_grows_by_less_than_the_square_and_falls_with_the_ranks(
     assert seconds[10**6, 1] == pytest.approx(1000 / 37)
     assert seconds[10**7, 1] == pytest.approx(1000 / 37 * 10**1.5)
     assert all(seconds[n, 8] < seconds[n, 1] / 2 for n in (10**5, 10**6, 10**7))
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_memory_is_counted_by_hand(words, world):
+    config = changed(load_config(words[0]), "model", embedding_dim=16)
+    config = changed(config, "train", global_batch_size=16)
+    ranks, sizes = Ranks(nodes=1, per_node=world), Sizes(train=4000, test=400)
+    found = costs.memory(config, sizes, ranks, NETWORK, rank=1, on_gpu=True)
+    batch, own, num_cuts = 16 // world, 4000 // world, len(config.hierarchy.cuts)
+    picture = 3 * config.data.image_size**2 * 4
+    # Weights, gradients and two moments, over ranks the buckets' copy of the gradients, and the levels.
+    assert found.network == 4_000 + 3 * 3_000 + (3_000 if world > 1 else 0) + num_cuts * 4000 * 4
+    loss = (4 * (num_cuts + 1) + 20) * batch * 16 * 4
+    assert found.step == batch * (picture + 10_000 + 2_000) + loss
+    forward = config.eval.batch_size * (picture + 2_000)
+    assert found.embedding == own * 64 * 4 + forward
+    # The training pictures' features wait for the first clustering; rows, points and lift of those that are scored.
+    block = 400 * 400 * 8
+    scored = 400 * 64 * (4 + 3 * 8) + 6 * block
+    assert found.evaluation == own * 64 * 4 + max(400 * 64 * 4 + forward, scored)
+    taken = changed(config, "model", init_from="elsewhere")
+    assert costs.memory(taken, sizes, ranks, NETWORK, rank=1, on_gpu=True).evaluation == found.evaluation - own * 64 * 4
+    largest = max(found.embedding, found.clustering, found.evaluation)
+    assert found.peak == found.network + max(found.step, largest)
+    on_cpu = costs.memory(config, sizes, ranks, NETWORK, rank=1, on_gpu=False)
+    assert on_cpu.peak == on_cpu.network + on_cpu.step + largest
+
+
+def test_gradients_go_at_the_pace_of_the_slowest_link():
+    assert costs.seconds_of_exchange(1000, Ranks(nodes=1, per_node=1), 10, 1) == 0
+    assert costs.seconds_of_exchange(1000, Ranks(nodes=1, per_node=4), 10, 1) == pytest.approx(2 * 3 / 4 * 1000 / 10)
+    assert costs.seconds_of_exchange(1000, Ranks(nodes=2, per_node=2), 10, 1) == pytest.approx(2 * 3 / 4 * 1000 / 1)
+
+
+def test_the_best_checkpoint_is_kept_besides_the_last_ones(words):
+    config = load_config(words[0])
+    kept = costs.num_kept(changed(config, "data", score_on="test"))
+    assert costs.num_kept(changed(config, "data", score_on="validation")) == kept + 1
