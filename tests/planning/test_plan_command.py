@@ -1,8 +1,10 @@
+import dataclasses
 import json
 
 import pytest
 
 from uhml import cli
+from uhml.planning import command
 from uhml.planning.plan import greatest
 
 pytestmark = pytest.mark.usefixtures("quick", "one_thread")
@@ -98,6 +100,20 @@ def test_pictures_that_are_elsewhere_are_planned_for_by_their_number(root, words
     said = capsys.readouterr()
     assert json.loads(said.out)["sizes"] == {"train": 5000, "test": 0, "gallery": 0}
     assert "The pictures are not here" in said.err
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"disk": 1.0}, "hierarchies need 0.0 GiB of disk, and 0.0 GiB are free here: lower train.keep_checkpoints"),
+        ({"memory_of_node": 1.0}, "ranks of a node, with data.num_workers=1 processes each, need"),
+    ],
+)
+def test_a_node_or_a_disk_that_is_too_small_is_refused(words, capsys, monkeypatch, fields, said):
+    machine = command._machine
+    monkeypatch.setattr(command, "_machine", lambda *options: dataclasses.replace(machine(*options), **fields))
+    assert cli.main(["plan", *words]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_the_greatest_that_fits_is_found():
