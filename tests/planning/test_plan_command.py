@@ -105,7 +105,7 @@ def test_pictures_that_are_elsewhere_are_planned_for_by_their_number(root, words
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"disk": 1.0}, "hierarchies need 0.0 GiB of disk, and 0.0 GiB are free here: lower train.keep_checkpoints"),
+        ({"disk": 1.0}, "GiB of disk, and 0.0 GiB are free here: lower train.keep_checkpoints"),
         ({"memory_of_node": 1.0}, "ranks of a node, with data.num_workers=1 processes each, need"),
     ],
 )
