@@ -36,6 +36,7 @@ def test_answers_errors_and_logs_come_back_from_one_process_which_ends_with_the_
         # The signals that a terminal sends to all are not for it; work that is not done is dropped.
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(pid, number)
+            assert do(os.getpid) == pid
         background.start(functools.partial(time.sleep, 1000))
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
