@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from launch.overview import View, look, readable
 from launch.record import SweepRecord, read_record
+from uhml.console import console
 from uhml.errors import UserError, did_you_mean
 from uhml.reporting.runs import SEED, Spread
 
@@ -50,12 +50,11 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps([dataclasses.asdict(view) for view in views], indent=2))
         return
-    # A pipe has no width of its own.
-    console = Console(width=None if Console().is_terminal else 160)
-    console.print(_table(views))
+    wide = console(160)
+    wide.print(_table(views))
     for folder, sweep, found in sweeps:
         if any(view.recall for view in found):
-            console.print(_results(folder, sweep, found))
+            wide.print(_results(folder, sweep, found))
 
 
 def members(folder: Path) -> list[Path]:

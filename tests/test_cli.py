@@ -89,13 +89,23 @@ def test_ctrl_c_while_modules_are_imported(monkeypatch):
     assert cli.main(["train"]) == 130
 
 
-def test_a_reader_that_goes_is_no_error(tmp_path):
-    """As in ``uhml check-data ... --json | head``."""
+@pytest.mark.parametrize("options", [["--json"], []])
+def test_a_reader_that_goes_is_no_error(tmp_path, options):
+    """As in ``uhml check-data ... | head``."""
     (tmp_path / "a.png").write_bytes(b"")
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "uhml", "check-data", "folder", "--root", str(tmp_path), "--json"]
+    command = [sys.executable, "-m", "uhml", "check-data", "folder", "--root", str(tmp_path), *options]
     ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
     os.close(writer)
     assert "roken pipe" not in ended.stderr
     assert ended.returncode == 141
+
+
+def test_a_command_without_a_standard_output_ends_well(tmp_path):
+    """As a daemon starts it."""
+    command = f"{sys.executable} -m uhml check-data glyphs data.num_classes=4 --root {tmp_path} --json"
+    ended = subprocess.run(
+        f"exec {command} >&-", shell=True, stderr=subprocess.PIPE, text=True, timeout=240, check=False
+    )
+    assert ended.returncode == 0, ended.stderr

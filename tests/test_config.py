@@ -347,7 +347,7 @@ def test_a_mistyped_key_ends_with_status_2_and_one_line():
 @pytest.mark.parametrize(
     ("text", "overrides", "said"),
     [
-        ("train.num_steps: 3", [], "In a file it stands in its section, as in train: {num_steps: 3}."),
+        ("train.num_steps: 3", [], "In a file it stands in its section, as in train: {num_steps: ...}."),
         ("foo.bar: 1", [], "Unknown key: 'foo.bar'. The sections are data, model,"),
         (
             "",
@@ -359,9 +359,14 @@ def test_a_mistyped_key_ends_with_status_2_and_one_line():
         (
             "",
             ["data.augment_scale=[0.5]"],
-            "data.augment_scale must be a list of numbers, as in data.augment_scale=[0.2, 1.0].",
+            "data.augment_scale must be a list of 2 numbers, as in data.augment_scale=[0.2, 1.0].",
         ),
-        ("", ["data.augment_scale=[0.5,1,2]"], "data.augment_scale must be a list of numbers, as in"),
+        ("", ["data.augment_scale=[0.5,1,2]"], "data.augment_scale must be a list of 2 numbers, as in"),
+        (
+            "",
+            ["eval.recall_at=[1.5]"],
+            "eval.recall_at must be a list of whole numbers, as in eval.recall_at=[1, 2, 4, 8].",
+        ),
         ("", ["eval.recall_at=[0]"], "greater than"),
     ],
 )
@@ -378,4 +383,7 @@ def test_what_is_not_alike_is_not_suggested(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("train: {device: gpu}")
     with pytest.raises(UserError, match=r"train\.device=gpu: input should be 'auto', 'cpu' or 'cuda'\. \(Read"):
+        load_config(path)
+    path.write_text("data: {dataset: cub}")
+    with pytest.raises(UserError, match="Did you mean 'cub200'"):
         load_config(path)

@@ -199,6 +199,9 @@ def test_a_gpu_that_is_not_there_is_the_users_to_mend(monkeypatch):
 
 def test_threads_are_shared_out_to_the_ranks_of_a_machine(monkeypatch):
     monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    # As a batch script has it, whose ranks may use what all tasks were promised.
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "40")
     for ranks, threads in (("1", 8), ("3", 2), ("8", 1), ("20", 1)):

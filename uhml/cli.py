@@ -76,7 +76,8 @@ def _main(arguments: Sequence[str]) -> int:
     with logs.to_terminal():
         try:
             args.run(args)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # as it is where it was closed
+                sys.stdout.flush()
         # An OSError is a full disk or a file taken away: the message names the file, the run's log the place.
         except (UserError, OSError) as e:
             if isinstance(e, BrokenPipeError) and _is_nobody_reading():

@@ -479,7 +479,7 @@ def _explain(error: pydantic.ValidationError, source: str) -> str:
         if finding["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             section, _, word = key.rpartition(".")
             if len(finding["loc"]) == 1 and section in _sections():
-                hint = f" In a file it stands in its section, as in {section}: {{{word}: {finding['input']}}}."
+                hint = f" In a file it stands in its section, as in {section}: {{{word}: ...}}."
             elif section in _sections():
                 hint = did_you_mean(key, [f"{section}.{f.name}" for f in dataclasses.fields(_sections()[section])])
             else:
@@ -496,7 +496,9 @@ def _explain(error: pydantic.ValidationError, source: str) -> str:
         ):
             section, name = (str(part) for part in finding["loc"][:2])
             default = list(getattr(_sections()[section](), name))
-            sentences.append(f"{section}.{name} must be a list of numbers, as in {section}.{name}={default}.")
+            what = "whole numbers" if all(isinstance(value, int) for value in default) else "numbers"
+            what = f"{len(default)} {what}" if finding["type"] in ("missing", "too_long") else what
+            sentences.append(f"{section}.{name} must be a list of {what}, as in {section}.{name}={default}.")
         else:
             said = finding["msg"][0].lower() + finding["msg"][1:]
             given = finding["input"]

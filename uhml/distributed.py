@@ -104,7 +104,7 @@ def lost_ranks_told() -> Iterator[None]:
             raise
         raise RankFailed(
             "Another rank ended without a word, killed perhaps for want of memory: the logs of the other ranks, or "
-            "what started them, may say more. Start the same command again to go on from the last checkpoint."
+            "what started them, may say more. Start the same command again: a run goes on from its last checkpoint."
         ) from e
 
 
@@ -122,7 +122,9 @@ def threads_per_rank() -> int:
     here = place()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = here.local_world_size
-    if promised := os.environ.get("SLURM_CPUS_PER_TASK"):
+    # Of srun's steps alone: a batch script has all cores of its tasks.
+    promised = os.environ.get("SLURM_CPUS_PER_TASK") if "SLURM_STEP_ID" in os.environ else None
+    if promised:
         # Not every cluster keeps a task, which is one of srun's ranks or all of torchrun's, to what it was promised.
         cores = min(cores, int(promised))
         ranks = 1 if here.launcher == "slurm" else ranks

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from uhml import distributed
 from uhml.config import Config
-from uhml.data.decode import UnreadablePicture, stamp
+from uhml.data.decode import UnreadablePicture
 from uhml.data.loading import share_loader
 from uhml.data.pictures import Pictures
 from uhml.data.transforms import plain_transform
@@ -151,7 +151,7 @@ def embed_to_file(
 
         def begin() -> Unfinished:
             key = what_rows_depend_on(trained, pictures) | {"features": str(features)}
-            return stack.enter_context(unfinished(out, width, key, overwrite))
+            return stack.enter_context(unfinished(out, width, key, pictures.paths, overwrite))
 
         opened = distributed.on_main(begin)
         file = cast(Unfinished, opened)  # None but on rank 0, and there alone it is used
@@ -180,21 +180,19 @@ def embed_to_file(
                 remedy = "Mend it, or add --skip-corrupt to leave such pictures out; the same command then goes on."
                 raise known_everywhere(UnreadablePicture(f"{reason} {remedy}"))
             distributed.on_main(functools.partial(Unfinished.append, file, rows, reasons), interruptible=False)
-        distributed.on_main(lambda: file.finish(out, pictures.paths), interruptible=False)
+        distributed.on_main(lambda: file.finish(out), interruptible=False)
     left_out = distributed.gather_objects(file.left_out if distributed.is_main() else [])[0]
     return [reason for _, reason in left_out]
 
 
 def what_rows_depend_on(trained: Trained, pictures: Pictures) -> dict[str, str]:
-    """Return what tells rows of one network and of some pictures from those of others, without reading the pictures."""
+    """Return what tells rows of one network and of some pictures from those of others."""
     data = trained.config.data
     with trained.checkpoint.open("rb") as file:
         checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "checkpoint": checkpoint,
-        "pictures": hashlib.sha256(
-            "\0".join(f"{path}\0{stamp(path)}" for path in pictures.paths).encode(errors="surrogateescape")
-        ).hexdigest(),
+        "pictures": hashlib.sha256("\0".join(pictures.paths).encode(errors="surrogateescape")).hexdigest(),
         "size": f"{data.reduce_to} {data.image_size} {data.fit} {data.center_crop} "
         f"{trained.config.model.inference_precision}",
     }

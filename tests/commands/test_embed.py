@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from launched import uhml
+from PIL import Image
 
 from uhml import cli
 from uhml.config import load_config
@@ -136,6 +138,28 @@ def test_two_ranks_write_what_one_does_and_leave_out_the_same(finished_run, shap
     assert one.paths == two.paths == kept
     np.testing.assert_allclose(one.rows, two.rows, atol=1e-5)
     np.testing.assert_allclose(one.rows, one_by_one(finished_run, kept), atol=1e-5)
+
+
+def test_a_picture_that_is_mended_is_gone_on_with_and_one_that_was_seen_is_not(finished_run, shapes, tmp_path, capsys):
+    folder, out = tmp_path / "pictures", tmp_path / "v.npy"
+    shutil.copytree(shapes, folder)
+    paths = list(list_images(folder).paths)
+    whole = Path(paths[-2]).read_bytes()
+    Path(paths[-2]).write_bytes(b"")
+    words = (finished_run, *EMBED, "--images", folder, "--out", out)
+    assert embed(*words) == 2
+    Path(paths[-2]).write_bytes(whole)
+    assert embed(*words) == 0
+    assert "Going on after" in capsys.readouterr().err
+    np.testing.assert_allclose(read_vectors(out).rows, one_by_one(finished_run, paths), atol=1e-5)
+    # Once more, and what was embedded already becomes another picture.
+    Path(paths[-2]).write_bytes(b"")
+    assert embed(*words, "--overwrite") == 2
+    Path(paths[-2]).write_bytes(whole)
+    Image.new("RGB", (40, 40), "red").save(paths[0])
+    assert embed(*words, "--overwrite") == 0
+    assert "pictures that were embedded already have changed: beginning anew" in capsys.readouterr().err
+    np.testing.assert_allclose(read_vectors(out).rows, one_by_one(finished_run, paths), atol=1e-5)
 
 
 def test_an_unreadable_picture_is_named_and_the_command_goes_on_without(finished_run, shapes, tmp_path, capsys):

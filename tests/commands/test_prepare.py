@@ -301,7 +301,7 @@ def test_a_wrong_checksum_is_refused_and_nothing_of_it_kept(cub, server, tmp_pat
     check_complete(tmp_path / "root")
 
 
-def test_a_file_of_the_users_under_the_name_of_the_download_is_taken_and_kept(cub, server, tmp_path, caplog):
+def test_a_file_of_the_users_under_the_name_of_the_download_is_taken_and_kept(cub, server, tmp_path, capsys, caplog):
     root = tmp_path / "root"
     root.mkdir()
     mine = root / "CUB_200_2011.tgz"
@@ -313,6 +313,10 @@ def test_a_file_of_the_users_under_the_name_of_the_download_is_taken_and_kept(cu
     shutil.copyfile(cub, mine)
     assert uhml("cub200", "--root", root) == 0
     assert left_in(root) == ["CUB_200_2011", "CUB_200_2011.tgz"]
+    shutil.rmtree(root / "CUB_200_2011")
+    # Named as well, it is still one file.
+    assert uhml("cub200", "--root", root, "--archive", mine, "--url", server.url(mine.name), "--json") == 0
+    assert list(json.loads(capsys.readouterr().out)["sha256"]) == ["CUB_200_2011.tgz"]
     assert server.asked == []
 
 

@@ -72,6 +72,7 @@ def test_quantiles_tell_apart_the_merges_of_a_graphs_parts():
     # Below the top, equal heights go together: copies of a picture are one cluster.
     copies = average_linkage(torch.arange(20.0).repeat_interleave(3)[:, None] ** 2, geometry="euclidean")
     assert int(copies.cut(quantiles=[0.1])[0].max()) + 1 == 20
+    assert not average_linkage(torch.ones(10, 2), geometry="euclidean").cut(quantiles=[0.5]).any()
 
 
 @pytest.mark.parametrize(

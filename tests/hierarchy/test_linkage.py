@@ -336,8 +336,8 @@ def test_options_refused(options, message):
 
 
 def test_what_was_read_from_files_counts_as_free(tmp_path, monkeypatch):
-    """A container of 3 GiB, 2 of which are taken: half of that by files that were read, and are no longer needed."""
-    gib = 2**30
+    """A container of 3 MiB, 2 of which are taken: half of that by files that were read, and are no longer needed."""
+    mib = 2**20
     v1 = tmp_path / "memory"
     v1.mkdir()
     for folder, names, prefix in (
@@ -345,12 +345,14 @@ def test_what_was_read_from_files_counts_as_free(tmp_path, monkeypatch):
         (v1, ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"),
     ):
         monkeypatch.setattr(memory, "CGROUPS", tmp_path)
-        for name, value in zip(names, (3 * gib, 2 * gib), strict=True):
+        for name, value in zip(names, (3 * mib, 2 * mib), strict=True):
             (folder / name).write_text(f"{value}\n")
-        (folder / "memory.stat").write_text(f"anon 7\n{prefix}inactive_file {gib}\n{prefix}active_file 9\n")
-        assert memory.available(torch.device("cpu")) == 2 * gib
+        (folder / "memory.stat").write_text(f"anon 7\n{prefix}inactive_file {mib}\n{prefix}active_file 9\n")
+        assert memory.available(torch.device("cpu")) == 2 * mib
+        (folder / "memory.stat").unlink()
+        assert memory.available(torch.device("cpu")) == mib
         (folder / names[0]).write_text("max\n")
-        assert memory.available(torch.device("cpu")) != 2 * gib
+        assert memory.available(torch.device("cpu")) != 2 * mib
 
 
 @pytest.mark.parametrize("limit", [None, 2**10])

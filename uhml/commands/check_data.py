@@ -8,8 +8,9 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from uhml.commands.options import console, overridden
+from uhml.commands.options import overridden
 from uhml.config import Config, DataConfig, load_config
+from uhml.console import console
 from uhml.data.check import Report, as_json, check, relative
 from uhml.data.datasets import DATASETS
 from uhml.errors import UserError, did_you_mean

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
 
-from uhml.commands.options import check_out, console
+from uhml.commands.options import check_out
+from uhml.console import console
 from uhml.errors import UserError
 from uhml.reporting.runs import SEED, RunRecord, Spread, differing_settings, groups_of_seeds, read_run, spread
 

@@ -40,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--features", action="store_true", help="write the backbone's features instead of points of the ball"
     )
-    parser.add_argument("--skip-corrupt", action="store_true", help="leave out pictures that cannot be read")
+    parser.add_argument(
+        "--skip-corrupt",
+        action="store_true",
+        help="leave out pictures that cannot be read, as after a run with data.skip_corrupt=true",
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace VECTORS, and unfinished work of another command at it"
     )

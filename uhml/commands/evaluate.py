@@ -15,7 +15,8 @@ from rich.table import Table
 from torch import Tensor
 
 from uhml import distributed
-from uhml.commands.options import add_network_arguments, console, opened
+from uhml.commands.options import add_network_arguments, opened
+from uhml.console import console
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.verify import load_pictures
 from uhml.embedding import embed_share

@@ -8,7 +8,7 @@ from uhml import distributed
 from uhml.commands.options import add_network_arguments, check_out, opened
 from uhml.data.decode import UnreadablePicture
 from uhml.embedding import embed_share
-from uhml.errors import UserError, known_everywhere
+from uhml.errors import UserError
 from uhml.explorer.page import write_page
 from uhml.explorer.serve import serve, server
 from uhml.explorer.sources import FEWEST, find_source
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
             own = embed_share(trained.model, pictures, trained.config, f"embed {len(pictures):,} pictures")
         except UnreadablePicture as e:
             remedy = "Mend or remove it, or add data.skip_corrupt=true to go on without such pictures."
-            raise known_everywhere(UnreadablePicture(f"{e} {remedy}")) from e
+            raise UnreadablePicture(f"{e} {remedy}") from e
         embeddings = distributed.all_gather_shares(own, len(pictures))
         distributed.on_main(lambda: write_page(trained, source, embeddings, out, args.max_pictures))
         is_main = distributed.is_main()

@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 from yaml import YAMLError
 
 from uhml import distributed
@@ -117,8 +116,3 @@ def check_out(path: Path, option: str, suffixes: Sequence[str], overwrite: bool)
         raise UserError(f"{option} {path} is a folder: name a file.")
     if path.exists() and not overwrite:
         raise UserError(f"{option} {path} is there already: name another file, or add --overwrite.")
-
-
-def console() -> Console:
-    """Return where tables go. A pipe has no width of its own."""
-    return Console(width=None if Console().is_terminal else 120)

@@ -19,8 +19,8 @@ from rich.markdown import Markdown
 
 from uhml.commands.check_data import refuse
 from uhml.commands.compare import title, with_deviation
-from uhml.commands.options import console
 from uhml.config import Config, load_config, refuse_changes
+from uhml.console import console
 from uhml.data.check import check
 from uhml.data.datasets import load_splits
 from uhml.data.official import OFFICIAL

@@ -18,8 +18,9 @@ from rich.table import Table
 
 from uhml import distributed
 from uhml.cli import count
-from uhml.commands.options import add_network_arguments, check_out, console, opened
-from uhml.data.decode import UnreadablePicture, load_rgb
+from uhml.commands.options import add_network_arguments, check_out, opened
+from uhml.console import console
+from uhml.data.decode import load_rgb
 from uhml.data.images import list_images
 from uhml.data.pictures import Pictures
 from uhml.data.verify import list_pictures
@@ -83,7 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gallery.add_argument(
         "--vectors", type=Path, metavar="VECTORS", help="search what uhml embed has written with the same network"
     )
-    parser.add_argument("--skip-corrupt", action="store_true", help="leave out pictures that cannot be read")
+    parser.add_argument(
+        "--skip-corrupt",
+        action="store_true",
+        help="leave out pictures that cannot be read, as after a run with data.skip_corrupt=true",
+    )
     parser.add_argument("--sheet", type=Path, metavar="SHEET.png", help="where to draw the pictures found")
     parser.add_argument("--json", action="store_true", help="print an object for scripts instead of a table")
     parser.add_argument("--overwrite", action="store_true", help="replace SHEET.png if it is there already")
@@ -180,18 +185,17 @@ def _gallery(trained: Trained, args: argparse.Namespace) -> tuple[Vectors, dict[
         vectors = distributed.on_every_rank(lambda: read_vectors(args.vectors))
         _refuse_others_vectors(trained, vectors, args.vectors)
         return vectors, {}
-    folder = trained.folder / "search"
+    data, folder = trained.config.data, trained.folder / "search"
+    skip_corrupt = args.skip_corrupt or data.skip_corrupt
     if args.images is not None:
         pictures = distributed.on_every_rank(lambda: list_images(args.images))
         source = os.path.abspath(args.images)
         folder /= f"{Path(source).stem}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}"
-        return embedded_gallery(trained, pictures, folder, skip_corrupt=args.skip_corrupt), {}
-    data = trained.config.data
+        return embedded_gallery(trained, pictures, folder, skip_corrupt=skip_corrupt), {}
     train = list_pictures(data).train
     labels = {}
     if train.labels is not None:
         labels = {path: train.class_names[label] for path, label in zip(train.paths, train.labels, strict=True)}
-    skip_corrupt = args.skip_corrupt or data.skip_corrupt
     return embedded_gallery(trained, train, folder / "train", skip_corrupt=skip_corrupt), labels
 
 
@@ -202,7 +206,7 @@ def _refuse_others_vectors(trained: Trained, vectors: Vectors, file: Path) -> No
         UserError: they have not.
     """
     width = trained.config.model.embedding_dim
-    cure = "take those that uhml embed made with this run, without --features."
+    cure = "take those that uhml embed made with this run and the same data.* overrides, without --features."
     if vectors.rows.shape[1] != width:
         said = f"The vectors of {file} have {vectors.rows.shape[1]} dimensions, and the network's have {width}: {cure}"
         raise known_everywhere(UserError(said))
@@ -210,7 +214,7 @@ def _refuse_others_vectors(trained: Trained, vectors: Vectors, file: Path) -> No
     def there() -> list[int]:
         rows = []
         for row in evenly(len(vectors.paths), CHECKED):
-            with contextlib.suppress(UnreadablePicture):
+            with contextlib.suppress(UserError):
                 load_rgb(vectors.paths[row])
                 rows.append(int(row))
         return rows

@@ -64,8 +64,10 @@ def prepare(name: str, root: Path, urls: Sequence[str], archives: Sequence[Path]
     downloads = {downloaded / _file_name(url): url for url in urls}
     if len(downloads) < len(urls):
         raise UserError("Two --url end in the same name of a file: give one of the files as --archive.")
-    archives = [*archives, *(root / file.name for file in downloads if (root / file.name).is_file())]
-    downloads = {file: url for file, url in downloads.items() if root / file.name not in archives}
+    here = {file: root / file.name for file in downloads if (root / file.name).is_file()}
+    named = [file.resolve() for file in archives]
+    archives = [*archives, *(file for file in here.values() if file.resolve() not in named)]
+    downloads = {file: url for file, url in downloads.items() if file not in here}
     downloaded.mkdir(parents=True, exist_ok=True)
     try:
         for file, url in downloads.items():

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from uhml.console import console
 from uhml.errors import UserError
 from uhml.hierarchy import quality
 from uhml.hierarchy.geometry import GEOMETRIES, Geometry
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
         title = f"{args.mode}, {args.geometry}, {tree.num_points:,} points"
         draw_top(tree, title, [int(clusters.max()) + 1 for clusters in levels]).savefig(args.plot)
     geometry = Geometry(args.geometry, args.curvature)
-    Console().print(summary(levels, geometry.points(rows.to(device)), geometry, labels))
+    console().print(summary(levels, geometry.points(rows.to(device)), geometry, labels))
 
 
 def summary(levels: Tensor, points: Tensor, geometry: Geometry, labels: np.ndarray | None) -> Table:

@@ -151,7 +151,8 @@ class Dendrogram:
         if not len(self.heights):
             return 0
         reached = int(quantile * (len(self.heights) - 1))
-        if self.heights[reached] == self.heights[-1]:
+        # Points that are equal are never told apart.
+        if self.heights[reached] == self.heights[-1] > 0:
             return reached + 1
         return int(np.searchsorted(self.heights, self.heights[reached], side="right"))
 

@@ -1,5 +1,6 @@
 """Say before a long computation whether its memory will be there."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -26,12 +27,14 @@ def available(device: torch.device) -> int:
         (CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
         try:
-            # What files were read, pictures above all, counts as taken, until somebody else wants the memory.
-            fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            taken = int((group / used).read_text()) - int(fields[given_back])
-            limits.append(int((group / limit).read_text()) - taken)
-        except (OSError, ValueError, KeyError):  # no such control group, or "max"
+            left = int((group / limit).read_text()) - int((group / used).read_text())
+        except (OSError, ValueError):  # no such control group, or "max"
             continue
+        # What files were read, pictures above all, counts as taken, until somebody else wants the memory.
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            left += int(fields[given_back])
+        limits.append(left)
     return min(limits)
 
 

@@ -16,8 +16,8 @@ import torch
 
 from uhml import distributed
 from uhml.cli import count
-from uhml.commands.options import console
 from uhml.config import Config, DataConfig, load_config
+from uhml.console import console
 from uhml.data.cache import cache_pictures
 from uhml.data.pictures import Pictures
 from uhml.data.verify import list_pictures

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from uhml import distributed
 from uhml.config import Config
+from uhml.console import console
 from uhml.errors import UserError
 from uhml.files import write_whole
 from uhml.loss import Pairs
@@ -217,9 +217,7 @@ class Reporter:
         if self.active:
             if before and after:
                 # A pipe has no width of its own, and a table cut off at 80 columns helps nobody.
-                Console(width=None if Console().is_terminal else 120).print(
-                    _table(before, after, f"{num_steps} steps in {seconds:.0f} s on {_ranks()}")
-                )
+                console().print(_table(before, after, f"{num_steps} steps in {seconds:.0f} s on {_ranks()}"))
             else:
                 logger.info("No classes are known for these pictures, so there is nothing to score.")
         logger.info("The run is in %s; tensorboard --logdir %s shows it.", self.run_dir, self.run_dir)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import logging
+import time
 from pathlib import Path
 from typing import IO
 
@@ -28,14 +29,23 @@ def lock(run_dir: Path, stack: contextlib.ExitStack) -> None:
     """
     file: IO[str] = stack.enter_context((run_dir / LOCK).open("a"))
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno not in HELD:
+                raise
+            # Somebody may just have been looking.
+            time.sleep(0.1)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         if e.errno in NO_LOCKS:
             logger.warning("The file system of %s has no locks: nothing keeps a second launch out of it.", run_dir)
             return
         if e.errno not in HELD:
             raise
-        running = read_status(run_dir)
+        running = None
+        with contextlib.suppress(UserError):
+            running = read_status(run_dir)
         where = f" (host {running.host}, process {running.pid})" if running else ""
         raise UserError(
             f"{run_dir} is in use by another launch{where}: wait until it ends, or name another folder by --run-dir."
@@ -43,14 +53,15 @@ def lock(run_dir: Path, stack: contextlib.ExitStack) -> None:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Return whether another process is in a run's folder; where that cannot be known, that one is."""
+    """Return whether another process is in a run's folder; where that cannot be known, that one is.
+
+    Not for the process that has the lock, which would lose it by this.
+    """
     try:
         with (run_dir / LOCK).open("r+") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except OSError as e:
-        if e.errno not in (*NO_LOCKS, *HELD):
-            raise
+    except OSError:
         return True
     return False

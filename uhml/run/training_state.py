@@ -139,14 +139,17 @@ class TrainingState:
         Raises:
             UserError: it is of other pictures or of another network.
         """
-        if saved["pictures"] != self._pictures:
-            raise known_everywhere(
-                UserError(
+
+        def refuse_other_pictures() -> None:
+            if saved["pictures"] != self._pictures:
+                raise UserError(
                     f"The run began with {_counts(saved['pictures'])} pictures, and there are "
                     f"{_counts(self._pictures)} now, or others: bring back the old ones, or begin anew with "
                     "--overwrite."
                 )
-            )
+
+        # Machines may see different ones.
+        distributed.on_every_rank(refuse_other_pictures)
         hyperparameters = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         learning_rates = self.schedule.base_lrs
         try:

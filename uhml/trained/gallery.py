@@ -9,7 +9,7 @@ from uhml.data.pictures import Pictures
 from uhml.embedding import embed_to_file, what_rows_depend_on
 from uhml.files import write_whole
 from uhml.trained import Trained
-from uhml.trained.vectors import Vectors, read_vectors
+from uhml.trained.vectors import Vectors, digest_of_files, read_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ def embedded_gallery(trained: Trained, pictures: Pictures, folder: Path, *, skip
     key: dict[str, str] = {}
 
     def is_stale() -> bool:
-        key.update(what_rows_depend_on(trained, pictures), skip_corrupt=str(skip_corrupt))
+        files = digest_of_files(pictures.paths).hexdigest()
+        key.update(what_rows_depend_on(trained, pictures), files=files, skip_corrupt=str(skip_corrupt))
         folder.mkdir(parents=True, exist_ok=True)
         kept = folder / "key.json"
         if kept.exists() and json.loads(kept.read_text()) == key and file.exists():

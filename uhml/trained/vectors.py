@@ -11,21 +11,26 @@ import codecs
 import contextlib
 import csv
 import fcntl
+import hashlib
 import importlib.util
 import io
 import json
+import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from uhml.data.decode import stamp
 from uhml.errors import UserError
 from uhml.files import opened_aside, write_whole
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".npy", ".parquet")
 SECONDS_BETWEEN_STATES = 2.0
@@ -52,16 +57,26 @@ class Unfinished:
         left_out: which of them were left out, and why.
     """
 
-    def __init__(self, folder: Path, file: IO[bytes], width: int, key: dict[str, Any], state: dict[str, Any]) -> None:
-        self._folder, self._file, self._width, self._key = folder, file, width, key
+    def __init__(
+        self,
+        folder: Path,
+        file: IO[bytes],
+        width: int,
+        key: dict[str, Any],
+        paths: Sequence[str],
+        state: dict[str, Any],
+    ) -> None:
+        self._folder, self._file, self._width, self._key, self._paths = folder, file, width, key, paths
         self._settled = time.monotonic()
         self.seen: int = state["seen"]
         self.left_out: list[tuple[int, str]] = [(row, reason) for row, reason in state["left_out"]]
+        self._files = digest_of_files(paths[: self.seen])
 
     def go_back(self, multiple: int) -> int:
         """Forget the last pictures, so that their number is a multiple, and return it."""
         self.seen -= self.seen % multiple
         self.left_out = [(row, reason) for row, reason in self.left_out if row < self.seen]
+        self._files = digest_of_files(self._paths[: self.seen])
         self._file.truncate(len(_header(0, self._width)) + self._num_rows * self._width * 4)
         self._file.seek(0, os.SEEK_END)
         return self.seen
@@ -76,6 +91,7 @@ class Unfinished:
         kept = [not reason for reason in refused]
         self._file.write(np.ascontiguousarray(rows[kept], "<f4").tobytes())
         self.left_out += [(self.seen + i, reason) for i, reason in enumerate(refused) if reason]
+        self._files = digest_of_files(self._paths[self.seen : self.seen + len(refused)], self._files)
         self.seen += len(refused)
         if time.monotonic() - self._settled > SECONDS_BETWEEN_STATES:
             self.settle()
@@ -84,19 +100,15 @@ class Unfinished:
         """Force all to the disk, so that it need not be done again."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        state = {"key": self._key, "seen": self.seen, "left_out": self.left_out}
+        files = self._files.hexdigest()
+        state = {"key": self._key, "seen": self.seen, "files": files, "left_out": self.left_out}
         write_whole(self._folder / "state.json", json.dumps(state))
         self._settled = time.monotonic()
 
-    def finish(self, out: Path, paths: Sequence[str]) -> None:
-        """Put the finished file in its place.
-
-        Args:
-            out: the file.
-            paths: of all pictures.
-        """
+    def finish(self, out: Path) -> None:
+        """Put the finished file in its place, ``out``."""
         left_out = {row for row, _ in self.left_out}
-        paths = [path for row, path in enumerate(paths) if row not in left_out]
+        paths = [path for row, path in enumerate(self._paths) if row not in left_out]
         self._file.seek(0)
         self._file.write(_header(self._num_rows, self._width))
         self.settle()
@@ -116,13 +128,16 @@ class Unfinished:
 
 
 @contextlib.contextmanager
-def unfinished(out: Path, width: int, key: dict[str, Any], overwrite: bool) -> Iterator[Unfinished]:
-    """Open a file of vectors to go on with, or to begin.
+def unfinished(
+    out: Path, width: int, key: dict[str, Any], paths: Sequence[str], overwrite: bool
+) -> Iterator[Unfinished]:
+    """Open a file of vectors to go on with, or to begin: anew, if a picture's file has changed that was seen already.
 
     Args:
         out: the file as it will be called.
         width: d.
         key: what the rows depend on, in JSON's terms; what was begun with another key is not gone on with.
+        paths: of the n pictures.
         overwrite: whether to begin anew where there is such.
 
     Raises:
@@ -139,7 +154,10 @@ def unfinished(out: Path, width: int, key: dict[str, Any], overwrite: bool) -> I
         if rows.exists() and (folder / "state.json").exists():
             begun = json.loads((folder / "state.json").read_text())
             if begun["key"] == key:
-                state = begun
+                if digest_of_files(paths[: begun["seen"]]).hexdigest() == begun.get("files"):
+                    state = begun
+                else:
+                    logger.warning("%s: pictures that were embedded already have changed: beginning anew.", out)
             elif not overwrite:
                 other = [name for name in key if begun["key"].get(name) != key[name]]
                 raise UserError(
@@ -149,7 +167,7 @@ def unfinished(out: Path, width: int, key: dict[str, Any], overwrite: bool) -> I
         with rows.open("r+b" if state["seen"] else "w+b") as file:
             if not state["seen"]:
                 file.write(_header(0, width))
-            opened = Unfinished(folder, file, width, key, state)
+            opened = Unfinished(folder, file, width, key, paths, state)
             try:
                 yield opened
             finally:
@@ -157,6 +175,14 @@ def unfinished(out: Path, width: int, key: dict[str, Any], overwrite: bool) -> I
                     shutil.rmtree(folder)
                 elif folder.exists():
                     opened.settle()
+
+
+def digest_of_files(paths: Iterable[str], before: "hashlib._Hash | None" = None) -> "hashlib._Hash":
+    """Return a digest of what pictures' files are recognised by without reading them, after that of others before."""
+    digest = hashlib.sha256() if before is None else before
+    for path in paths:
+        digest.update(f"{stamp(path)}\n".encode())
+    return digest
 
 
 def unfinished_folder(out: Path) -> Path:
