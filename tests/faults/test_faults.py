@@ -70,8 +70,10 @@ def test_killed_and_preempted_at_random_again_and_again(config, whole, tmp_path,
             number = random.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
             if harmed:
                 time.sleep(random.uniform(0, longest))
-                # The agent of torchrun, or SLURM, kills the rest when one is killed; preemption needs no more than one.
-                launch.signal(number, random.choice([None, *range(world_size)]))
+                one, have_met = random.choice([None, *range(world_size)]), bool(launch.said)
+                # The agent of torchrun, or SLURM, kills the rest when one is killed; preemption needs no more than one,
+                # once the ranks have met and listen to signals.
+                launch.signal(number, one if have_met else None)
             codes = launch.wait()
             if codes == [0] * world_size:
                 longest = longest or time.monotonic() - started
@@ -82,7 +84,7 @@ def test_killed_and_preempted_at_random_again_and_again(config, whole, tmp_path,
             if number == signal.SIGKILL:
                 assert -signal.SIGKILL in codes, said
                 assert_little_is_lost(run_dir)
-            elif 0 not in codes and read_status(run_dir) and read_status(run_dir).state == "preempted":
+            elif have_met and 0 not in codes and read_status(run_dir) and read_status(run_dir).state == "preempted":
                 assert set(codes) == {130 if number == signal.SIGINT else 75}, said
                 assert "start the same command again to go on" in said
                 # Not a step is lost.
