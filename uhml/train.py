@@ -339,16 +339,20 @@ def batches_left(
         pin_memory=state.model.device.type == "cuda",
     )
     num_steps = config.train.num_steps
-    is_embedded_anew = config.hierarchy.features == "fresh" or config.eval.at_reclustering
-    embedded_at = {step for step in range(num_steps) if is_embedded_anew and reclusters_at(step, config)} | {num_steps}
+    embeds_anew = config.hierarchy.features == "fresh" or config.eval.at_reclustering
+
+    def embeds_at(step: int) -> bool:
+        return step == num_steps or (embeds_anew and reclusters_at(step, config))
+
     with contextlib.closing(batches):
         while state.step < num_steps:
             assert state.levels is not None
-            end = min(next_levels_at(state.step, config), *(step for step in embedded_at if step > state.step))
+            other_levels = next_levels_at(state.step, config)
+            end = next(filter(embeds_at, range(state.step + 1, other_levels)), other_levels)
             of_levels = batches.of_steps(range(state.step, end), clusters_to_learn(state.levels, config))
             for step in range(state.step, end):
                 batch = next_together(of_levels)
-                if step + 1 in embedded_at:
+                if embeds_at(step + 1):
                     # Before the workers of an embedding start: a node need not hold both.
                     batches.close()
                 yield batch

@@ -51,13 +51,12 @@ def find_source(trained: Trained, part: str, images: Path | None) -> Source:
         splits = readable_pictures(splits, trained.config.data)
     if images is not None:
         source = Source(splits.train, images.resolve().name, {})
+    elif part == "train":
+        source = Source(splits.train, "train", _saved_trees(trained, splits))
+    elif splits.test is None:
+        raise UserError("--part test: no classes are known for the run's pictures, so all of them are train.")
     else:
-        if part == "test":
-            if splits.test is None:
-                raise UserError("--part test: no classes are known for the run's pictures, so all of them are train.")
-            source = Source(splits.test, trained.config.data.score_on, {})
-        else:
-            source = Source(splits.train, "train", _saved_trees(trained, splits))
+        source = Source(splits.test, trained.config.data.score_on, {})
     if len(source.pictures) < FEWEST:
         raise UserError(f"{len(source.pictures)} pictures are too few to explore: it takes {FEWEST} at least.")
     return source

@@ -216,7 +216,6 @@ class Reporter:
         )
         if self.active:
             if before and after:
-                # A pipe has no width of its own, and a table cut off at 80 columns helps nobody.
                 console().print(_table(before, after, f"{num_steps} steps in {seconds:.0f} s on {_ranks()}"))
             else:
                 logger.info("No classes are known for these pictures, so there is nothing to score.")

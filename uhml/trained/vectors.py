@@ -65,18 +65,20 @@ class Unfinished:
         key: dict[str, Any],
         paths: Sequence[str],
         state: dict[str, Any],
+        files: "hashlib._Hash",
     ) -> None:
         self._folder, self._file, self._width, self._key, self._paths = folder, file, width, key, paths
         self._settled = time.monotonic()
         self.seen: int = state["seen"]
         self.left_out: list[tuple[int, str]] = [(row, reason) for row, reason in state["left_out"]]
-        self._files = digest_of_files(paths[: self.seen])
+        self._files = files
 
     def go_back(self, multiple: int) -> int:
         """Forget the last pictures, so that their number is a multiple, and return it."""
-        self.seen -= self.seen % multiple
-        self.left_out = [(row, reason) for row, reason in self.left_out if row < self.seen]
-        self._files = digest_of_files(self._paths[: self.seen])
+        if self.seen % multiple:
+            self.seen -= self.seen % multiple
+            self.left_out = [(row, reason) for row, reason in self.left_out if row < self.seen]
+            self._files = digest_of_files(self._paths[: self.seen])
         self._file.truncate(len(_header(0, self._width)) + self._num_rows * self._width * 4)
         self._file.seek(0, os.SEEK_END)
         return self.seen
@@ -150,12 +152,13 @@ def unfinished(
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as e:
             raise UserError(f"Another command is writing {out}: wait until it ends, or name another file.") from e
-        state, rows = {"key": key, "seen": 0, "left_out": []}, folder / "rows.npy"
+        state, files, rows = {"key": key, "seen": 0, "left_out": []}, digest_of_files(()), folder / "rows.npy"
         if rows.exists() and (folder / "state.json").exists():
             begun = json.loads((folder / "state.json").read_text())
             if begun["key"] == key:
-                if digest_of_files(paths[: begun["seen"]]).hexdigest() == begun.get("files"):
-                    state = begun
+                seen = digest_of_files(paths[: begun["seen"]])
+                if seen.hexdigest() == begun.get("files"):
+                    state, files = begun, seen
                 else:
                     logger.warning("%s: pictures that were embedded already have changed: beginning anew.", out)
             elif not overwrite:
@@ -167,7 +170,7 @@ def unfinished(
         with rows.open("r+b" if state["seen"] else "w+b") as file:
             if not state["seen"]:
                 file.write(_header(0, width))
-            opened = Unfinished(folder, file, width, key, paths, state)
+            opened = Unfinished(folder, file, width, key, paths, state, files)
             try:
                 yield opened
             finally:
