@@ -22,6 +22,7 @@ from uhml.commands.options import add_network_arguments, check_out, opened
 from uhml.console import console
 from uhml.data.decode import load_rgb
 from uhml.data.images import list_images
+from uhml.data.names import common_folder
 from uhml.data.pictures import Pictures
 from uhml.data.verify import list_pictures
 from uhml.embedding import embed_share
@@ -244,7 +245,7 @@ def _plain(trained: Trained, queries: Sequence[str], found: Sequence[Sequence[Fo
 
 def _table(query: str, found: Sequence[Found], num: int) -> Table:
     # Brackets in a name are the name's, and no markup.
-    base = os.path.commonpath([os.path.dirname(answer.path) for answer in found]) if found else ""
+    base = common_folder(answer.path for answer in found) if found else ""
     table = Table(
         title=escape(f"{shown(Path(query).name)}, among {num:,} pictures"),
         title_justify="left",

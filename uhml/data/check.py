@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from uhml.config import DataConfig
 from uhml.data.decode import find_unreadable, opened
 from uhml.data.formats import FORMATS
+from uhml.data.names import common_folder
 from uhml.data.official import OFFICIAL, differences
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.reading import missing_noted
@@ -85,7 +86,7 @@ def check(config: DataConfig) -> Report:
     unreadable = {present[row] for row, _ in refused}
     readable = [path for path in present if path not in unreadable]
     facts = _look_at(readable, config.num_workers)
-    base = Path(os.path.commonpath([os.path.dirname(path) for path in listed]))
+    base = Path(common_folder(listed))
     extra, empty = _beside(base, listed, config.dataset)
     same = _same_contents(facts)
     tiny = config.image_size // 2

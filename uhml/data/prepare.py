@@ -61,19 +61,18 @@ def prepare(name: str, root: Path, urls: Sequence[str], archives: Sequence[Path]
             raise UserError(f"--archive {file}: there is no such file.")
     # In a folder of its own: what lies in the root is the user's, and stays.
     downloaded = root / f".{official.folder}.downloaded"
-    downloads = {downloaded / _file_name(url): url for url in urls}
-    if len(downloads) < len(urls):
+    named = {_file_name(url): url for url in urls}
+    if len(named) < len(urls):
         raise UserError("Two --url end in the same name of a file: give one of the files as --archive.")
-    here = {file: root / file.name for file in downloads if (root / file.name).is_file()}
-    named = [file.resolve() for file in archives]
-    archives = [*archives, *(file for file in here.values() if file.resolve() not in named)]
-    downloads = {file: url for file, url in downloads.items() if file not in here}
+    # What the user has fetched into the root already is not fetched again.
+    here = {file.resolve(): file for file in [*(root / name for name in named if (root / name).is_file()), *archives]}
+    downloads = {downloaded / name: url for name, url in named.items() if not (root / name).is_file()}
     downloaded.mkdir(parents=True, exist_ok=True)
     try:
         for file, url in downloads.items():
             if not file.exists():
                 download(url, file)
-        files = [*downloads, *archives]
+        files = [*downloads, *here.values()]
         sha256 = {file.name: _check_sums(file, official, file in downloads) for file in files}
         # Aside first, so that a folder of the right name is always a complete one.
         aside = root / f".{official.folder}.partial"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from uhml.data.images import list_images
+from uhml.data.names import common_folder
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.verify import list_pictures, readable_pictures
 from uhml.errors import UserError
@@ -84,5 +85,5 @@ def _step(path: Path) -> int:
 def short_names(pictures: Pictures) -> list[str]:
     """Return the pictures' names relative to the folder that they share."""
     paths = [os.path.abspath(path) for path in pictures.paths]
-    shared = os.path.commonpath([os.path.dirname(path) for path in paths])
+    shared = common_folder(paths)
     return [os.path.relpath(path, shared) for path in paths]

@@ -6,6 +6,7 @@ import torch
 
 from uhml import distributed
 from uhml.config import Config
+from uhml.data.names import common_folder
 from uhml.data.pictures import Pictures, Splits
 from uhml.embedding import embed_share
 from uhml.model import Embedder
@@ -33,7 +34,7 @@ def project(model: Embedder, splits: Splits, step: int, config: Config, report: 
 def _rows(pictures: Pictures) -> list[list[str]]:
     labels = [-1] * len(pictures) if pictures.labels is None else pictures.labels
     names = [*pictures.class_names, "unknown"]
-    root = os.path.commonpath([os.path.dirname(path) for path in pictures.paths])
+    root = common_folder(pictures.paths)
     paths = [os.path.relpath(path, root) for path in pictures.paths]
     return [[_in_a_cell(path), _in_a_cell(names[label])] for path, label in zip(paths, labels, strict=True)]
 
