@@ -109,3 +109,11 @@ def test_a_command_without_a_standard_output_ends_well(tmp_path):
         f"exec {command} >&-", shell=True, stderr=subprocess.PIPE, text=True, timeout=240, check=False
     )
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "launch", "status", "cancel"])
+def test_what_computes_nothing_does_not_wait_for_torch(command):
+    """Which takes seconds to import: ``uhml train`` does so once its config is known to be right."""
+    imported = f"import sys; from uhml import cli; cli._parsers([{command!r}]); print('torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", imported], capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout == "False\n"

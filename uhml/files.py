@@ -1,10 +1,12 @@
-"""Files that are never found half written."""
+"""Files that are never found half written, and where they can be written."""
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
+
+from uhml.errors import UserError
 
 
 @contextlib.contextmanager
@@ -39,6 +41,28 @@ def write_whole(path: Path, text: str) -> None:
     """Write a small file, as :func:`opened_aside` does."""
     with opened_aside(path) as file:
         file.write(text.encode())
+
+
+def check_out(path: Path, option: str, suffixes: Sequence[str], overwrite: bool) -> None:
+    """Look before the work whether its result can be written.
+
+    Args:
+        path: the file to be.
+        option: what the user calls it, such as "--out".
+        suffixes: one of which it must have; none for any name.
+        overwrite: whether it may be there already.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UserError(f"{option} {path} must end in {' or '.join(suffixes)}.")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{option} {path}: there is no folder {path.absolute().parent} to write to.")
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder: name a file.")
+    if path.exists() and not overwrite:
+        raise UserError(f"{option} {path} is there already: name another file, or add --overwrite.")
 
 
 def user_cache(name: str) -> Path:

@@ -49,7 +49,9 @@ def train(words):
             time.sleep(0.1)
             now = time.perf_counter()
             try:
-                phase = json.loads((Path(folder) / "status.json").read_text())["phase"]
+                status = json.loads((Path(folder) / "status.json").read_text())
+                # What a process takes to end is no part of the run that is planned.
+                phase = status["phase"] if status["state"] == "running" else None
                 held = int(Path(f"/proc/{run.pid}/statm").read_text().split()[1]) * 4096 / GIB
             except (OSError, ValueError, IndexError):
                 phase = None

@@ -61,6 +61,8 @@ def test_one_point(tmp_path):
         (["x.npy", "--out", "tree.npz", "--num-neighbors", "0"], "num_neighbors=0"),
         (["x.npy", "--out", "tree.txt"], "must end in .npz"),
         (["x.npy", "--out", "tree.npz", "--levels", "old.npy"], "old.npy is there already.*--overwrite"),
+        (["x.npy", "--out", "tree.npz", "--levels", "."], "--levels . is a folder"),
+        (["x.npy", "--out", "tree.npz", "--plot", "tree.txt"], "--plot tree.txt must end in"),
     ],
 )
 def test_what_is_refused(files, words, message, monkeypatch):

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
 
-from uhml.commands.options import check_out
 from uhml.console import console
 from uhml.errors import UserError
+from uhml.files import check_out
 from uhml.reporting.runs import SEED, RunRecord, Spread, differing_settings, groups_of_seeds, read_run, spread
 
 EXAMPLES = """\

@@ -5,13 +5,14 @@ import logging
 from pathlib import Path
 
 from uhml import distributed
-from uhml.commands.options import add_network_arguments, check_out, opened
+from uhml.commands.options import add_network_arguments, opened
 from uhml.data.decode import UnreadablePicture
 from uhml.embedding import embed_share
 from uhml.errors import UserError
 from uhml.explorer.page import write_page
 from uhml.explorer.serve import serve, server
 from uhml.explorer.sources import FEWEST, find_source
+from uhml.files import check_out
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -94,25 +93,3 @@ def overridden(config: Config, overrides: Sequence[str]) -> Config:
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as e:
         raise UserError(f"The overrides are no valid YAML: {' '.join(str(e).split())}") from e
     return parse_config(cast(dict[Any, Any], raw), "the run's config")
-
-
-def check_out(path: Path, option: str, suffixes: Sequence[str], overwrite: bool) -> None:
-    """Look before the work whether its result can be written.
-
-    Args:
-        path: the file to be.
-        option: what the user calls it, such as "--out".
-        suffixes: one of which it must have.
-        overwrite: whether it may be there already.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if path.suffix.lower() not in suffixes:
-        raise UserError(f"{option} {path} must end in {' or '.join(suffixes)}.")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{option} {path}: there is no folder {path.absolute().parent} to write to.")
-    if path.is_dir():
-        raise UserError(f"{option} {path} is a folder: name a file.")
-    if path.exists() and not overwrite:
-        raise UserError(f"{option} {path} is there already: name another file, or add --overwrite.")

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from uhml import distributed
 from uhml.cli import count
-from uhml.commands.options import add_network_arguments, check_out, opened
+from uhml.commands.options import add_network_arguments, opened
 from uhml.console import console
 from uhml.data.decode import load_rgb
 from uhml.data.images import list_images
@@ -27,6 +27,7 @@ from uhml.data.pictures import Pictures
 from uhml.data.verify import list_pictures
 from uhml.embedding import embed_share
 from uhml.errors import UserError, known_everywhere
+from uhml.files import check_out
 from uhml.hierarchy.geometry import Geometry
 from uhml.hierarchy.knn import nearest_neighbors
 from uhml.logs import shown

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from uhml.console import console
 from uhml.errors import UserError
+from uhml.files import check_out, opened_aside
 from uhml.hierarchy import quality
 from uhml.hierarchy.geometry import GEOMETRIES, Geometry
 from uhml.hierarchy.linkage import EXACT_SEARCH_UP_TO, MIN_RECALL, MODES, average_linkage
@@ -90,19 +91,14 @@ def run(args: argparse.Namespace) -> None:
             f"--labels {args.labels} has shape {labels.shape}, and {args.embeddings} {embeddings.shape}: there must be "
             "one label for each row."
         )
-    for path in (args.out, args.levels, args.plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"There is no folder {path.absolute().parent} to write {path.name} to.")
     used = [path.resolve() for path in (args.embeddings, args.labels, args.out, args.levels, args.plot) if path]
     if len(set(used)) < len(used):
         raise UserError("Two of EMBEDDINGS, --labels, --out, --levels and --plot are one file: name another.")
-    if args.out.suffix != ".npz":
-        raise UserError(f"--out {args.out} must end in .npz.")
-    written = [path for path in (args.out, args.levels, args.plot) if path and path.exists()]
-    if written and not args.overwrite:
-        raise UserError(f"{written[0]} is there already: name another file, or add --overwrite.")
-    if args.plot and args.plot.suffix.lower() not in PLOT_SUFFIXES:
-        raise UserError(f"--plot {args.plot} must end in one of {', '.join(PLOT_SUFFIXES)}.")
+    check_out(args.out, "--out", (".npz",), args.overwrite)
+    if args.levels:
+        check_out(args.levels, "--levels", (), args.overwrite)
+    if args.plot:
+        check_out(args.plot, "--plot", PLOT_SUFFIXES, args.overwrite)
     device = _device(args.device)
 
     start = time.monotonic()
@@ -121,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
     tree.save(args.out)
     levels = tree.cut(counts=args.counts)
     if args.levels:
-        with open(args.levels, "wb") as file:
+        with opened_aside(args.levels) as file:
             np.save(file, levels.numpy())
     if args.plot:
         title = f"{args.mode}, {args.geometry}, {tree.num_points:,} points"
