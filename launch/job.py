@@ -18,7 +18,6 @@ from uhml.config import load_config
 from uhml.errors import UserError
 from uhml.run import interruption
 from uhml.run.interruption import Preempted
-from uhml.run.status import read_status
 
 logger = logging.getLogger("uhml.launch")
 
@@ -69,10 +68,9 @@ class TrainingJob(Checkpointable):
     def _train(self) -> dict[str, Any]:
         if not snapshot.is_in_use(self.code):
             raise UserError(f"The job takes its code from {sys.path}, not from its snapshot {self.code}.")
-        status = read_status(self.run_dir)
-        if status is not None and status.state == "finished":
+        if (finished := self.run_dir / "result.json").exists():
             # Requeued by SLURM just as it had finished.
-            result: dict[str, Any] = json.loads((self.run_dir / "result.json").read_text())
+            result: dict[str, Any] = json.loads(finished.read_text())
             return result
         from uhml.train import train
 

@@ -87,10 +87,10 @@ def run(args: argparse.Namespace) -> None:
         _refuse_if_not_for_sweep(run_dir)
     else:
         names = ["."]
-    runs = {
-        run_dir / name: load_config(args.config, args.overrides + [f"{key}={value}" for key, value in values.items()])
-        for name, values in zip(names, sweep, strict=True)
-    }
+    runs = {}
+    for name, values in zip(names, sweep, strict=True):
+        overrides = args.overrides + [f"{key}={value}" for key, value in values.items()]
+        runs[run_dir / name] = load_config(args.config, overrides, num_ranks=resources.num_ranks)
     for own_dir, config in runs.items():
         _refuse_if_taken(own_dir, config, args.allow_change)
 
@@ -152,7 +152,7 @@ def _refuse_if_taken(run_dir: Path, config: Config, allow_change: list[str]) -> 
     if view.is_under_way:
         raise UserError(f"The run in {run_dir} is {view.state} already: uhml cancel ends it, or name another folder.")
     if any((run_dir / "checkpoints").glob("step-*.pt")):
-        refuse_changes(load_config(run_dir / "config.yaml"), config, allow_change)
+        refuse_changes(load_config(run_dir / "config.yaml", num_ranks=1), config, allow_change)
 
 
 def _refuse_if_not_for_sweep(folder: Path) -> None:

@@ -162,11 +162,11 @@ def run_by_hand(config, overlap, use_bank):
                 tree = average_linkage(model.head(features), **linkage_options(config))
             coming[step + overlap if step else 0] = tree.cut(counts=config.hierarchy.cuts)
         state.levels = coming.get(step, state.levels)
-        images, pictures = next(batches_left(state, splits.train, config))
+        images, pictures = next(batches_left(state, splits.train))
         with torch.no_grad():
             seen = model.train().features(images).half().float()
         bank |= {int(p): seen[pictures == p].mean(0).half().float() for p in pictures}
-        figures, _ = train_step(model, images, pictures, state, loss_function, config, None)
+        figures, _ = train_step(model, images, pictures, state, loss_function, None)
         found.append(float(figures["loss"]))
     return found, model.state_dict()
 

@@ -15,11 +15,12 @@ from tensorboard.summary.writer import event_file_writer
 
 from uhml.config import Config, TrainConfig
 from uhml.data.pictures import Pictures, Splits
+from uhml.data.sampling import evenly
 from uhml.hierarchy import average_linkage
 from uhml.hierarchy.plot import SHOWN_CLUSTERS, draw_top
 from uhml.loss import Pairs
 from uhml.reporting import figures, projector
-from uhml.reporting.figures import draw_batch, draw_clusters, evenly
+from uhml.reporting.figures import draw_batch, draw_clusters
 from uhml.reporting.hierarchy import show_hierarchy
 from uhml.reporting.report import Reporter
 

@@ -134,6 +134,6 @@ def test_a_step_waits_for_no_gpu():
         for step in range(4):
             if step == 2:  # what is made on first use may wait
                 torch.cuda.set_sync_debug_mode("error")
-            train_step(state.model, images, pictures, state, HierarchicalLogRatioLoss(0.8, 3), config, None)
+            train_step(state.model, images, pictures, state, HierarchicalLogRatioLoss(0.8, 3), None)
     finally:
         torch.cuda.set_sync_debug_mode("default")

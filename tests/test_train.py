@@ -406,6 +406,10 @@ def test_corrupt_picture_is_refused_by_name_or_skipped_on_demand(shapes, config,
     assert run(config, root, tmp_path / "skipping", "data.skip_corrupt=true") == 0
     assert "without 1 unreadable" in caplog.text
     assert Dendrogram.load(tmp_path / "skipping" / LAST_TREE).num_points == NUM_CLASSES // 2 * PER_CLASS - 1
+    # With the broken one there would be just enough for a batch.
+    whole = ("data.skip_corrupt=true", f"train.global_batch_size={2 * NUM_CLASSES // 2 * PER_CLASS}")
+    assert run(config, root, tmp_path / "short", *whole) == 2
+    assert "of 35 training pictures train.global_batch_size=68 is the largest that fits" in caplog.text
 
 
 def test_init_from_takes_the_weights_and_nothing_else(finished, shapes, config, tmp_path):
@@ -560,6 +564,39 @@ def test_an_allowed_change_holds_from_there_on(shapes, config, tmp_path, monkeyp
     assert figures(run_dir, "hierarchy")[-1]["level2_clusters"] == 2
     saved = torch.load(run_dir / "checkpoints" / "step-00000006.pt", weights_only=True)
     assert {group["weight_decay"] for group in saved["optimizer"]["param_groups"]} == {0.5, 0.0}
+    assert load_config(run_dir / "config.yaml").optim.weight_decay == 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("model.embedding_dim=8", "does not fit the model section"),
+        ("eval.recall_at=[1,2]", "eval.recall_at=[1, 2]: the run was scored at [1, 4] before its first step"),
+    ],
+)
+def test_an_allowed_change_that_the_checkpoint_refuses_is_forgotten(
+    shapes, config, tmp_path, monkeypatch, caplog, change, said
+):
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as stopped:
+        stop_after(3, stopped)
+        assert run(config, shapes, run_dir) == 75
+    assert run(config, shapes, run_dir, change, "--allow-change", change.partition("=")[0]) == 2
+    assert said in caplog.text
+    assert run(config, shapes, run_dir) == 0
+
+
+def test_pictures_that_the_cache_holds_are_not_looked_at_again(shapes, config, tmp_path, monkeypatch):
+    """Not even to draw them: they may lie on a slow disk, or be gone by now."""
+    cached = ("data.num_workers=0", f"data.cache={tmp_path / 'cache'}")
+    assert run(config, shapes, tmp_path / "first", *cached) == 0
+
+    def refuse(path):
+        raise AssertionError(f"{path} is decoded")
+
+    monkeypatch.setattr("uhml.data.pictures.load_rgb", refuse)
+    monkeypatch.setattr("uhml.reporting.sheets.load_rgb", refuse)
+    assert run(config, shapes, tmp_path / "second", *cached) == 0
 
 
 @pytest.mark.ddp

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from yaml import YAMLError
 
 from uhml.environment import place
-from uhml.errors import UserError, did_you_mean
+from uhml.errors import UserError, did_you_mean, known_everywhere
 
 _SETTINGS = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -349,12 +349,15 @@ class Config:
         return self.train.global_batch_size // (self.mining.pictures_per_cluster * self.mining.num_views)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, needs_root: bool = True) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, num_ranks: int | None = None, needs_root: bool = True
+) -> Config:
     """Read a config file, apply ``section.key=value`` overrides, and check all of it.
 
     Args:
         path: a YAML file.
         overrides: as typed, values in YAML: ``["train.num_steps=100", "hierarchy.cuts=[50,10]"]``.
+        num_ranks: how many are to train by it, if not those that the environment tells of.
         needs_root: refuse a data set of files without ``data.root``.
 
     Raises:
@@ -375,7 +378,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, needs_root: 
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError, OSError) as e:
         raise UserError(f"{path} and the overrides are no valid YAML mapping: {' '.join(str(e).split())}") from e
     # The environment says how many ranks there will be before there is a process group.
-    return parse_config(cast(dict[Any, Any], raw), str(path), place().world_size, needs_root)
+    return parse_config(cast(dict[Any, Any], raw), str(path), num_ranks or place().world_size, needs_root)
 
 
 def _other_configs(path: Path) -> str:
@@ -400,6 +403,26 @@ def parse_config(raw: dict[Any, Any], source: str, num_ranks: int = 1, needs_roo
     if problems:
         raise UserError(" ".join(problems))
     return config
+
+
+def check_batch_fits(num_pictures: int, config: Config, num_ranks: int) -> None:
+    """Refuse a batch that needs more training pictures than there are.
+
+    Raises:
+        UserError: with the largest batch that would do; the same on every rank.
+    """
+    per_cluster, num_views = config.mining.pictures_per_cluster, config.mining.num_views
+    if config.clusters_per_batch * per_cluster <= num_pictures:
+        return
+    sizes = (clusters * per_cluster * num_views for clusters in range(num_pictures // per_cluster, 1, -1))
+    largest = next((size for size in sizes if size % num_ranks == 0), None)
+    cure = f"train.global_batch_size={largest} is the largest that fits" if largest else "there are too few to train on"
+    raise known_everywhere(
+        UserError(
+            f"train.global_batch_size={config.train.global_batch_size} takes {config.clusters_per_batch} clusters x "
+            f"{per_cluster} pictures x {num_views} views, and of {num_pictures} training pictures {cure}."
+        )
+    )
 
 
 def dump_config(config: Config) -> str:

@@ -22,7 +22,7 @@ import torch.distributed as dist  # noqa: TID251 (this is the one module that ma
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from uhml.environment import keep_freed_memory, place
+from uhml.environment import cores, keep_freed_memory, place
 from uhml.errors import RankFailed, UserError, known_everywhere
 from uhml.run import interruption
 from uhml.run.interruption import Preempted
@@ -120,15 +120,14 @@ def _point_to_first_node(environment: "os._Environ[str]") -> None:
 def threads_per_rank() -> int:
     """Return the number of CPU threads for one rank, so that the ranks of a machine do not fight. Not a collective."""
     here = place()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks = here.local_world_size
+    usable, ranks = cores(), here.local_world_size
     # Of srun's steps alone: a batch script has all cores of its tasks.
     promised = os.environ.get("SLURM_CPUS_PER_TASK") if "SLURM_STEP_ID" in os.environ else None
     if promised:
         # Not every cluster keeps a task, which is one of srun's ranks or all of torchrun's, to what it was promised.
-        cores = min(cores, int(promised))
+        usable = min(usable, int(promised))
         ranks = 1 if here.launcher == "slurm" else ranks
-    return max(1, cores // ranks)
+    return max(1, usable // ranks)
 
 
 def rank() -> int:
@@ -331,6 +330,14 @@ def on_main(work: Callable[[], T], *, interruptible: bool = True) -> T | None:
     if failure[0] is not None:
         _raise_on_every_rank(error, failure)
     return result
+
+
+def from_main(work: Callable[[], T], *, interruptible: bool = True) -> T:
+    """Run ``work`` on rank 0, as :func:`on_main` does, and return on every rank what it returned, which is pickled."""
+    found = [on_main(work, interruptible=interruptible)]
+    if world_size() > 1:
+        dist.broadcast_object_list(found, src=0)
+    return cast(T, found[0])
 
 
 class _Failure(NamedTuple):

@@ -156,8 +156,7 @@ def embed_to_file(
         opened = distributed.on_main(begin)
         file = cast(Unfinished, opened)  # None but on rank 0, and there alone it is used
         # Rounds begin where they would have: the last digits of a row may depend on the rows it is embedded with.
-        found = distributed.gather_objects(distributed.on_main(lambda: file.go_back(a_round)))[0]
-        done = cast(int, found)
+        done = distributed.from_main(lambda: file.go_back(a_round))
         if done:
             logger.info("Going on after %s of %s pictures.", f"{done:,}", f"{len(pictures):,}")
         rounds = embed_rounds(
@@ -181,8 +180,7 @@ def embed_to_file(
                 raise known_everywhere(UnreadablePicture(f"{reason} {remedy}"))
             distributed.on_main(functools.partial(Unfinished.append, file, rows, reasons), interruptible=False)
         distributed.on_main(lambda: file.finish(out), interruptible=False)
-    left_out = distributed.gather_objects(file.left_out if distributed.is_main() else [])[0]
-    return [reason for _, reason in left_out]
+    return distributed.from_main(lambda: [reason for _, reason in file.left_out])
 
 
 def what_rows_depend_on(trained: Trained, pictures: Pictures) -> dict[str, str]:

@@ -55,6 +55,11 @@ def _tasks_per_node(said: str) -> list[int]:
     return tasks
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextlib.contextmanager
 def one_thread_of_openblas() -> Iterator[None]:
     """Within it, the OpenBLAS that scipy brings uses one thread.

@@ -8,6 +8,9 @@ from typing import IO
 
 from uhml.errors import UserError
 
+PLOT_SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
+"""Of figures without photographs in them."""
+
 
 @contextlib.contextmanager
 def opened_aside(path: Path, mark: str = "") -> Iterator[IO[bytes]]:

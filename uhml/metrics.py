@@ -184,6 +184,4 @@ def kmeans_clusters(embedded: Embedded, geometry: Geometry, seed: int) -> NDArra
         kmeans = KMeans(num_classes, init="random", n_init=1, max_iter=KMEANS_ITERATIONS, random_state=seed)
         return kmeans.fit_predict(rows.float().cpu().numpy())
 
-    clusters = distributed.gather_objects(distributed.on_main(cluster))[0]
-    assert clusters is not None
-    return clusters
+    return distributed.from_main(cluster)

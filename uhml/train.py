@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from uhml import distributed, poincare
-from uhml.config import Config
+from uhml.config import Config, check_batch_fits
 from uhml.data.loading import TrainingBatches
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.transforms import training_transform
 from uhml.data.verify import list_pictures, readable_pictures
 from uhml.data.workers import next_together
 from uhml.embedding import embed_share
-from uhml.errors import UserError, known_everywhere
 from uhml.evaluate import score_unseen
 from uhml.hierarchy import average_linkage_over_ranks, merging_over_ranks
 from uhml.loss import Batch, HierarchicalLoss, global_loss
@@ -40,12 +39,14 @@ from uhml.run.random_state import random_state, restore_random_state, seed_gener
 from uhml.run.reclustering import (
     Hierarchy,
     clusters_to_learn,
+    embeds_at,
     grow_hierarchy,
+    is_first_of_levels,
     linkage_options,
     next_levels_at,
     reclusters_at,
 )
-from uhml.run.run_dir import HIERARCHIES, OpenRun, open_run_dir
+from uhml.run.run_dir import HIERARCHIES, OpenRun, open_run_dir, record_config
 from uhml.run.training_state import Pending, TrainingState, read_state
 
 logger = logging.getLogger(__name__)
@@ -75,12 +76,13 @@ def train(config: Config, run_dir: Path, overwrite: bool = False, allow_change: 
         torch.jit.optimized_execution(False),
     ):
         # A run without a name is named by the time, of which each process has its own.
-        run_dir = distributed.gather_objects(run_dir)[0]
+        run_dir = distributed.from_main(lambda: run_dir)
         # Before there is a folder: what is mistyped shall leave none.
         listed = list_pictures(config.data)
-        check_batch_fits(len(listed.train), config)
+        check_batch_fits(len(listed.train), config, distributed.world_size())
         with open_run_dir(run_dir, config, overwrite, allow_change) as run:
             splits = readable_pictures(listed, config.data)
+            check_batch_fits(len(splits.train), config, distributed.world_size())
             saved = None if run.checkpoint is None else read_state(run.checkpoint)
             model = build_model(config, saved is None).to(device).eval()
             if config.train.compile:
@@ -93,8 +95,9 @@ def train(config: Config, run_dir: Path, overwrite: bool = False, allow_change: 
                         state.features = start_head(state.model, splits.train, config)
                     else:
                         state.load(saved)
+                        distributed.on_main(lambda: record_config(run_dir, config))
                         logger.info("Going on after step %d of %d.", state.step, config.train.num_steps)
-                    return learn(state, splits, config, run, report)
+                    return learn(state, splits, run, report)
                 except Preempted as e:
                     if state.saved is None:
                         raise Preempted(e.signal, "before the first step") from e
@@ -104,15 +107,15 @@ def train(config: Config, run_dir: Path, overwrite: bool = False, allow_change: 
                     ) from e
 
 
-def learn(state: TrainingState, splits: Splits, config: Config, run: OpenRun, report: Reporter) -> dict[str, Any]:
+def learn(state: TrainingState, splits: Splits, run: OpenRun, report: Reporter) -> dict[str, Any]:
     """Take the steps that are left, and score before the first and after the last. Returns what ``result.json`` holds.
 
     All that takes long comes after a checkpoint of its step, so that an interruption there costs no step.
     """
-    num_steps = config.train.num_steps
+    config, num_steps = state.config, state.config.train.num_steps
     save(state, run, report)
     if state.before is None and splits.test is not None:
-        state.before = score_now(state, splits, config, run, report)
+        state.before = score_now(state, splits, run, report)
         state.save(run.folder, report.settle)
 
     parallel = distributed.data_parallel(state.model)
@@ -122,31 +125,31 @@ def learn(state: TrainingState, splits: Splits, config: Config, run: OpenRun, re
     with (
         profiled(run.folder, config.train.profile_steps) as step_ends,
         Background() as background,
-        contextlib.closing(batches_left(state, splits.train, config)) as batches,
+        contextlib.closing(batches_left(state, splits.train)) as batches,
     ):
         if state.pending is not None:
-            cluster_in_background(state, splits.train, config, background)
+            cluster_in_background(state, splits.train, background)
         for _ in steps:
             if state.pending is not None and state.step == state.pending.step + config.hierarchy.overlap_steps:
                 swap_hierarchy(state, run, report, background)
             if state.levels is None or reclusters_at(state.step, config):
                 save(state, run, report)
                 if state.levels is None or config.hierarchy.overlap_steps == 0:
-                    discover_hierarchy(state, splits.train, config, run, report)
+                    discover_hierarchy(state, splits.train, run, report)
                 else:
-                    embed_to_cluster(state, splits.train, config, run, report)
-                    cluster_in_background(state, splits.train, config, background)
+                    embed_to_cluster(state, splits.train, run, report)
+                    cluster_in_background(state, splits.train, background)
                 if config.eval.at_reclustering and state.step > 0:
-                    score_now(state, splits, config, run, report)
+                    score_now(state, splits, run, report)
             run.status.phase("train")
             # Here all ranks agree to go on; an error or a signal on any of them ends all.
-            images, pictures = next(batches)
-            figures, batch = train_step(parallel, images, pictures, state, loss_function, config, run.folder)
+            images, indices = next(batches)
+            figures, batch = train_step(parallel, images, indices, state, loss_function, run.folder)
             if state.step in (1, num_steps) or state.step % config.train.log_every == 0:
                 # Here alone, and where a hierarchy or a checkpoint is made, a step waits for the GPU.
                 state.stepper.settle()
                 report.scalars("train", state.step, {key: float(value) for key, value in figures.items()})
-            if state.step == 1 or next_levels_at(state.step - 2, config) == state.step - 1:
+            if is_first_of_levels(state.step - 1, config):
                 assert state.levels is not None
                 pairs = batch.pairs(next(batch.blocks()), state.levels, config.model.curvature)
                 report.distances(state.step, pairs, len(config.hierarchy.cuts))
@@ -157,8 +160,8 @@ def learn(state: TrainingState, splits: Splits, config: Config, run: OpenRun, re
 
     save(state, run, report)
     state.bank = state.pending = None
-    discover_hierarchy(state, splits.train, config, run, report)
-    after = score_now(state, splits, config, run, report)
+    discover_hierarchy(state, splits.train, run, report)
+    after = score_now(state, splits, run, report)
     project(state.model, splits, state.step, config, report)
     return report.finish(state.before, after, num_steps, state.seconds)
 
@@ -174,42 +177,20 @@ def save(state: TrainingState, run: OpenRun, report: Reporter) -> None:
         state.save(run.folder, report.settle)
 
 
-def score_now(
-    state: TrainingState, splits: Splits, config: Config, run: OpenRun, report: Reporter
-) -> dict[str, Scores] | None:
+def score_now(state: TrainingState, splits: Splits, run: OpenRun, report: Reporter) -> dict[str, Scores] | None:
     """Score the network as it is; on validation classes, keep its checkpoint if the first of its Recall@K is best.
 
     On test classes there is no best one: choosing by them would make their score worthless.
     """
     run.status.phase("evaluate")
-    scores = score_unseen(state.model, splits, config)
+    scores = score_unseen(state.model, splits, state.config)
     report.scores(state.step, scores)
-    if scores is not None and config.data.score_on == "validation":
+    if scores is not None and state.config.data.score_on == "validation":
         recall = next(iter(scores["ball"].recall_at_k.values()))
         if recall > state.best:
             state.best = recall
             distributed.on_main(lambda: keep_best(run.folder / "checkpoints", state.step))
     return scores
-
-
-def check_batch_fits(num_pictures: int, config: Config) -> None:
-    """Refuse a batch that needs more training pictures than there are.
-
-    Raises:
-        UserError: with the largest batch that would do.
-    """
-    per_cluster, num_views = config.mining.pictures_per_cluster, config.mining.num_views
-    if config.clusters_per_batch * per_cluster <= num_pictures:
-        return
-    sizes = (clusters * per_cluster * num_views for clusters in range(num_pictures // per_cluster, 1, -1))
-    largest = next((size for size in sizes if size % distributed.world_size() == 0), None)
-    cure = f"train.global_batch_size={largest} is the largest that fits" if largest else "there are too few to train on"
-    raise known_everywhere(
-        UserError(
-            f"train.global_batch_size={config.train.global_batch_size} takes {config.clusters_per_batch} clusters x "
-            f"{per_cluster} pictures x {num_views} views, and of {num_pictures} training pictures {cure}."
-        )
-    )
 
 
 def build_model(config: Config, is_new: bool) -> Embedder:
@@ -252,35 +233,28 @@ def fit_head(model: Embedder, own_features: Tensor, config: Config) -> None:
     model.head.fit(options.head_init, moments, options.start_norm, options.whitening)
 
 
-def discover_hierarchy(
-    state: TrainingState, pictures: Pictures, config: Config, run: OpenRun, report: Reporter
-) -> None:
+def discover_hierarchy(state: TrainingState, pictures: Pictures, run: OpenRun, report: Reporter) -> None:
     """Embed all training pictures, cluster them by average linkage, cut the tree into levels: those of ``state``."""
-    embedded = embed_to_cluster(state, pictures, config, run, report)
+    embedded = embed_to_cluster(state, pictures, run, report)
     run.status.phase("cluster")
-    tree = average_linkage_over_ranks(embedded.own, len(pictures), **linkage_options(config))
+    tree = average_linkage_over_ranks(embedded.own, len(pictures), **linkage_options(state.config))
 
     def grow() -> Hierarchy:
         assert tree is not None, "rank 0 has the tree"
-        return grow_hierarchy(lambda: tree, state.step, state.step, pictures, config)
+        return grow_hierarchy(lambda: tree, state.step, state.step, pictures, state.config)
 
     take_hierarchy(state, distributed.on_main(grow), run, report)
 
 
-def embed_to_cluster(
-    state: TrainingState, pictures: Pictures, config: Config, run: OpenRun, report: Reporter
-) -> Pending:
-    """Embed this rank's share of the training pictures anew, or take what their last batches made of them."""
+def embed_to_cluster(state: TrainingState, pictures: Pictures, run: OpenRun, report: Reporter) -> Pending:
+    """Embed this rank's share of the training pictures for a clustering, which is pending from here on.
+
+    A network that learns by way of a projector has its head fitted anew to the features of this step.
+    """
     run.status.phase("embed")
-    if state.bank is None:
-        features, state.features = state.features, None
-        if features is None:
-            features = embed_share(state.model, pictures, config, "embed train pictures", features=True)
-        state.bank = FeatureBank(features) if config.hierarchy.features == "bank" else None
-    else:
-        features = state.bank.own.float()
+    features = features_to_cluster(state, pictures)
     if state.model.projector is not None:
-        fit_head(state.model, features, config)
+        fit_head(state.model, features, state.config)
         # The checkpoint of this step, from before, lacks the head that goes with its backbone.
         state.save(run.folder, report.settle)
     with torch.inference_mode():
@@ -288,10 +262,24 @@ def embed_to_cluster(
     return state.pending
 
 
-def cluster_in_background(state: TrainingState, pictures: Pictures, config: Config, background: Background) -> None:
+def features_to_cluster(state: TrainingState, pictures: Pictures) -> Tensor:
+    """Return the features ``[len(share(n)), num_features]`` of this rank's share of the training pictures.
+
+    Of a pass through all of them now; or, from the bank, what their last batches made of them.
+    """
+    if state.bank is not None:
+        return state.bank.own.float()
+    features, state.features = state.features, None
+    if features is None:
+        features = embed_share(state.model, pictures, state.config, "embed train pictures", features=True)
+    state.bank = FeatureBank(features) if state.config.hierarchy.features == "bank" else None
+    return features
+
+
+def cluster_in_background(state: TrainingState, pictures: Pictures, background: Background) -> None:
     """Find the neighbours of the pending pictures together, and leave the rest to a process beside rank 0."""
     assert state.pending is not None
-    step, own = state.pending
+    config, (step, own) = state.config, state.pending
     merging = merging_over_ranks(own, len(pictures), **linkage_options(config))
 
     def start() -> None:
@@ -321,15 +309,16 @@ def take_hierarchy(state: TrainingState, found: Hierarchy | None, run: OpenRun, 
     # Not to be interrupted: what is recorded belongs to a state with these levels.
     distributed.on_main(record, interruptible=False)
     state.levels = distributed.broadcast_from_main(None if found is None else found.levels, state.model.device)
-    state.tree = None if found is None else found.tree
     report.guards(step, watch(own, state.levels, state.config.model))
 
 
-def batches_left(
-    state: TrainingState, pictures: Pictures, config: Config
-) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Yield this rank's part of the batch of each step that is left, of the levels that the state has by then."""
-    backbone = state.model.backbone
+def batches_left(state: TrainingState, pictures: Pictures) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Yield this rank's part of the batch of each step that is left, of the levels that the state has by then.
+
+    Yields:
+        Images ``[b, 3, h, w]``, and the indices ``[b]`` of their pictures.
+    """
+    config, backbone = state.config, state.model.backbone
     batches = TrainingBatches(
         pictures,
         training_transform(config.data, backbone.mean, backbone.std),
@@ -338,21 +327,15 @@ def batches_left(
         num_workers=config.data.num_workers,
         pin_memory=state.model.device.type == "cuda",
     )
-    num_steps = config.train.num_steps
-    embeds_anew = config.hierarchy.features == "fresh" or config.eval.at_reclustering
-
-    def embeds_at(step: int) -> bool:
-        return step == num_steps or (embeds_anew and reclusters_at(step, config))
-
     with contextlib.closing(batches):
-        while state.step < num_steps:
+        while state.step < config.train.num_steps:
             assert state.levels is not None
             other_levels = next_levels_at(state.step, config)
-            end = next(filter(embeds_at, range(state.step + 1, other_levels)), other_levels)
+            end = next((step for step in range(state.step + 1, other_levels) if embeds_at(step, config)), other_levels)
             of_levels = batches.of_steps(range(state.step, end), clusters_to_learn(state.levels, config))
             for step in range(state.step, end):
                 batch = next_together(of_levels)
-                if embeds_at(step + 1):
+                if embeds_at(step + 1, config):
                     # Before the workers of an embedding start: a node need not hold both.
                     batches.close()
                 yield batch
@@ -361,10 +344,9 @@ def batches_left(
 def train_step(
     model: nn.Module,
     images: Tensor,
-    pictures: Tensor,
+    indices: Tensor,
     state: TrainingState,
     loss_function: nn.Module,
-    config: Config,
     run_dir: Path,
 ) -> tuple[dict[str, Tensor | float], Batch]:
     """Take one step on the global batch, of which this rank brings ``b`` of ``B`` rows. A collective.
@@ -374,10 +356,9 @@ def train_step(
     Args:
         model: the state's, pictures to points of the ball, wrapped for data parallelism.
         images: ``[b, 3, h, w]``.
-        pictures: ``[b]``, indices of the images' pictures.
+        indices: ``[b]``, of the images' pictures.
         state: goes one step further.
         loss_function: of distances and similarity levels.
-        config: for the micro-batches, the curvature and the gradient clip.
         run_dir: where to leave what reproduces a step that fails.
 
     Returns:
@@ -387,13 +368,13 @@ def train_step(
         UserError: loss or gradient of the step before was not finite; neither that step nor this one is taken.
     """
     assert state.levels is not None
-    random_before, device = random_state(), state.levels.device
-    images, pictures = images.to(device, non_blocking=True), pictures.to(device, non_blocking=True)
+    config, random_before, device = state.config, random_state(), state.levels.device
+    images, indices = images.to(device, non_blocking=True), indices.to(device, non_blocking=True)
     model.train()
     micro_batches = images.split(config.train.micro_batch_size or len(images))
     with features_seen(state.model.backbone) as features:
         points = embed_batch(model, micro_batches)
-    batch = Batch.over_ranks(points, pictures)
+    batch = Batch.over_ranks(points, indices)
     if state.bank is not None:
         state.bank.update(torch.cat(features), batch.pictures, config.mining.num_views)
     loss, own_loss, gradient = global_loss(loss_function, batch, state.levels, config.model.curvature)

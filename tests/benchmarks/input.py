@@ -119,13 +119,13 @@ def measure(config, ways, num_steps, repeats, folder, device):
     loss = HierarchicalLoss(config.loss, num_levels, config.mining.num_views)
 
     def learn(batch):
-        train.train_step(state.model, *batch, state, loss, config, folder)
+        train.train_step(state.model, *batch, state, loss, folder)
 
     def run(way, *, learns):
         pictures, side = ways[way]
-        reduced = dataclasses.replace(config, data=dataclasses.replace(config.data, reduce_to=side))
+        state.config = dataclasses.replace(config, data=dataclasses.replace(config.data, reduce_to=side))
         # Some before the clock starts, for the start of the workers.
-        with contextlib.closing(train.batches_left(state, pictures, reduced)) as batches:
+        with contextlib.closing(train.batches_left(state, pictures)) as batches:
             for i in range(WARM_UP + num_steps):
                 if i == WARM_UP:
                     began = time.perf_counter()
@@ -135,8 +135,8 @@ def measure(config, ways, num_steps, repeats, folder, device):
             finish(device)
             return time.perf_counter() - began
 
-    alone = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0))
-    held = next(train.batches_left(state, files, alone))
+    state.config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0))
+    held = next(train.batches_left(state, files))
 
     def step_alone():
         began = time.perf_counter()

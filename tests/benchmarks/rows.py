@@ -70,14 +70,14 @@ def with_labels(args):
     """The trainer with the true classes as its one level, by way of a tree of their one-hot vectors: the ceiling."""
     original = uhml.train.discover_hierarchy
 
-    def discover(state, pictures, config, run, report):
+    def discover(state, pictures, run, report):
         def tree_of_labels(*_, **__):
             return average_linkage(
                 F.one_hot(torch.from_numpy(pictures.labels).long()).float(), geometry="euclidean", mode="exact"
             )
 
         uhml.train.average_linkage_over_ranks = tree_of_labels
-        original(state, pictures, config, run, report)
+        original(state, pictures, run, report)
 
     uhml.train.discover_hierarchy = discover
     # All classes lie equally far apart, above the pictures of one class, which lie nowhere apart.

@@ -94,7 +94,7 @@ def rank(config, out):
                 distributed.all_reduce_max(0)
                 before, busy = bytes_sent(), time.process_time()
             started = time.perf_counter()
-            train_step(parallel, *next_together(batches), state, loss, config, out)
+            train_step(parallel, *next_together(batches), state, loss, out)
             seconds.append(time.perf_counter() - started)
         busy = (time.process_time() - busy) / STEPS
         distributed.all_reduce_max(0)

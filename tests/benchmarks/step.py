@@ -69,7 +69,7 @@ def measure_step(config, repeats):
     optimizer = torch.optim.AdamW(backbone.parameters(), config.optim.learning_rate, fused=True)
 
     def ours(images, pictures):
-        figures, _ = train.train_step(models[0], images, pictures, state, loss_function, config, Path("/nowhere"))
+        figures, _ = train.train_step(models[0], images, pictures, state, loss_function, Path("/nowhere"))
         if state.step % config.train.log_every == 0:
             state.stepper.settle()
             [float(figure) for figure in figures.values()]

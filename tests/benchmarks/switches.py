@@ -86,7 +86,7 @@ def prepare(args, folder):
     train.start_head(model, pictures, config)
     state = TrainingState(model, train.Splits(train=pictures), config)
     state.levels = nested_levels(len(pictures), len(config.hierarchy.cuts)).to(model.device)
-    images, rows = next(train.batches_left(state, pictures, config))
+    images, rows = next(train.batches_left(state, pictures))
     torch.save({"model": model.state_dict(), "images": images, "rows": rows}, folder / "start.pt")
 
 
@@ -122,7 +122,7 @@ def child(args):
             return model.eval()(images)
 
     def step():
-        return train.train_step(model, images, start["rows"], state, loss_function, config, folder)[1]
+        return train.train_step(model, images, start["rows"], state, loss_function, folder)[1]
 
     def timed(work):
         clock = time.process_time if device.type == "cpu" else time.perf_counter

@@ -134,6 +134,17 @@ def test_nothing_left_is_refused_in_spite_of_skip_corrupt(tree, report):
     assert len(found["unreadable"]) == 8
 
 
+def test_a_batch_must_do_with_the_pictures_that_can_be_read(tree, tmp_path, report):
+    (tree / "ape" / "00.png").write_bytes(b"")
+    path = tmp_path / "run.yaml"
+    path.write_text(f"data: {{dataset: folder, root: {tree}, image_size: 32, num_workers: 0, skip_corrupt: true}}\n")
+    words = [path, "mining.pictures_per_cluster=2", "mining.num_views=1"]
+    assert report(*words, "train.global_batch_size=6")[0] == 0
+    status, _, err = report(*words, "train.global_batch_size=8")
+    assert status == 2
+    assert "of 7 training pictures train.global_batch_size=6 is the largest that fits" in err
+
+
 @pytest.fixture
 def birds(tmp_path):
     """Six pictures in the form of CUB."""

@@ -230,6 +230,9 @@ def test_the_card_has_the_scores_of_this_step_only(make_run, tmp_path):
     assert "| **trained embedding, ball** | 50.0 | 75.0 | 25.0 | 12.5 |" in text
     (run / "result.json").write_text(json.dumps({**result, "steps": 4}))
     assert "None known of this step." in written(run, tmp_path / "b")
+    # As a run leaves it that had nothing to score.
+    (run / "result.json").write_text(json.dumps({"frozen": None, "start": None, "trained": None, "steps": 3}))
+    assert "None: there were no classes to score on." in written(run, tmp_path / "c")
 
 
 def test_names_do_nothing_in_the_card(make_run, tmp_path):

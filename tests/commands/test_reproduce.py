@@ -181,7 +181,7 @@ def test_dry_run(data, tmp_path, capsys):
         (["--seeds", "0,0"], "names one twice"),
         (["train.seed=3"], "--seeds says it"),
         (["train.num_step=3"], "num_steps"),
-        (["--nproc-per-node", "0"], "must be at least 1"),
+        (["--nproc-per-node", "5"], "must be a multiple of the 5 ranks"),
     ],
 )
 def test_what_is_refused(data, tmp_path, capsys, words, message):

@@ -79,6 +79,7 @@ def test_dry_run_of_a_sweep_is_one_array(sbatch_only, config, run_dir, capsys):
     ("arguments", "said"),
     [
         (["train.num_stepz=3"], "Did you mean 'train.num_steps'?"),
+        (["--nodes", "3", "--tasks-per-node", "5"], "must be a multiple of the 15 ranks"),
         (["--gpus-per-node", "2", "--tasks-per-node", "2"], "one process for each GPU"),
         (["--cluster", "local", "--nodes", "2"], "--nodes is for SLURM"),
         (["--cluster", "local", "--sweep", "train.seed=0,1"], "--sweep is for SLURM"),

@@ -140,7 +140,7 @@ def exchanged(config_path, features):
     counting("all_reduce", distributed.dist.all_reduce, lambda tensor, *_: tensor.nbytes)
     loss = HierarchicalLogRatioLoss(0.8, 3)
     rows = torch.arange(8) + 8 * distributed.rank()
-    train_step(model, torch.randn(8, 3, 32, 32), rows, state, loss, config, None)
+    train_step(model, torch.randn(8, 3, 32, 32), rows, state, loss, None)
     distributed.all_reduce_max(0)  # as before each step, whether all are well
     return counted, measure_network(model, config)
 

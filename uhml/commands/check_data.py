@@ -9,10 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from uhml.commands.options import overridden
-from uhml.config import Config, DataConfig, load_config
+from uhml.config import Config, DataConfig, check_batch_fits, load_config
 from uhml.console import console
 from uhml.data.check import Report, as_json, check, relative
 from uhml.data.datasets import DATASETS
+from uhml.environment import place
 from uhml.errors import UserError, did_you_mean
 
 NAMED = 10
@@ -58,9 +59,7 @@ def run(args: argparse.Namespace) -> None:
     refuse(report, config.data)
     if args.source not in DATASETS:
         # A data set alone says nothing of batches.
-        from uhml.train import check_batch_fits
-
-        check_batch_fits(len(report.splits.train), config)
+        check_batch_fits(report.num_to_train, config, place().world_size)
 
 
 def refuse(report: Report, config: DataConfig) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from uhml.console import console
 from uhml.errors import UserError
-from uhml.files import check_out
+from uhml.files import PLOT_SUFFIXES, check_out
 from uhml.reporting.runs import SEED, RunRecord, Spread, differing_settings, groups_of_seeds, read_run, spread
 
 EXAMPLES = """\
@@ -23,7 +23,6 @@ EXAMPLES = """\
   uhml compare runs/sweep/* --json
 """
 
-PLOT_SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
 # Of the loss: it is shown as the mean of so many lines of metrics.jsonl at most, or a tenth of the run.
 SMOOTHED = 25
 

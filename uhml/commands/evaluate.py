@@ -18,6 +18,7 @@ from uhml import distributed
 from uhml.commands.options import add_network_arguments, opened
 from uhml.console import console
 from uhml.data.pictures import Pictures, Splits
+from uhml.data.sampling import evenly
 from uhml.data.verify import load_pictures
 from uhml.embedding import embed_share
 from uhml.errors import UserError
@@ -230,7 +231,7 @@ def _draw_neighbors(
     path: Path, pictures: Pictures, gallery: Pictures | None, neighbors: Neighbors, report: dict[str, Any]
 ) -> None:
     searched = pictures if gallery is None else gallery
-    chosen = np.unique(np.linspace(0, len(pictures) - 1, SHEET_QUERIES).astype(int))
+    chosen = evenly(len(pictures), SHEET_QUERIES)
     answers = [
         Answer(
             Tile(pictures.paths[query], (_class(pictures, query) or Path(pictures.paths[query]).name,)),

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from uhml import distributed
 from uhml.commands.options import add_network_arguments, opened
-from uhml.data.decode import UnreadablePicture
 from uhml.embedding import embed_share
-from uhml.errors import UserError
+from uhml.errors import UserError, known_everywhere
 from uhml.explorer.page import write_page
 from uhml.explorer.serve import serve, server
 from uhml.explorer.sources import FEWEST, find_source
@@ -80,9 +79,9 @@ def run(args: argparse.Namespace) -> None:
         pictures = source.pictures
         try:
             own = embed_share(trained.model, pictures, trained.config, f"embed {len(pictures):,} pictures")
-        except UnreadablePicture as e:
+        except UserError as e:  # of a picture that cannot be read, on this rank or on another
             remedy = "Mend or remove it, or add data.skip_corrupt=true to go on without such pictures."
-            raise UnreadablePicture(f"{e} {remedy}") from e
+            raise known_everywhere(UserError(f"{e} {remedy}")) from e
         embeddings = distributed.all_gather_shares(own, len(pictures))
         distributed.on_main(lambda: write_page(trained, source, embeddings, out, args.max_pictures))
         is_main = distributed.is_main()

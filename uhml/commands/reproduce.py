@@ -17,9 +17,10 @@ from pathlib import Path
 
 from rich.markdown import Markdown
 
+from uhml.cli import count
 from uhml.commands.check_data import refuse
 from uhml.commands.compare import title, with_deviation
-from uhml.config import Config, load_config, refuse_changes
+from uhml.config import Config, check_batch_fits, load_config, refuse_changes
 from uhml.console import console
 from uhml.data.check import check
 from uhml.data.datasets import load_splits
@@ -99,6 +100,11 @@ class Run:
         return [sys.executable, *launcher, *self.typed[1:]]
 
     @property
+    def num_ranks(self) -> int:
+        """How many train."""
+        return self.num_processes or 1
+
+    @property
     def log(self) -> Path:
         """Where its output goes: beside its folder, which is there only if the run gets that far."""
         return self.folder.with_name(f"{self.folder.name}.log")
@@ -110,7 +116,8 @@ class Run:
 
     def config(self) -> Config:
         """Return its config, or raise the UserError that the run would end with."""
-        return load_config(SETTINGS[self.setting].config.format(self.dataset), self.overrides)
+        path = SETTINGS[self.setting].config.format(self.dataset)
+        return load_config(path, self.overrides, num_ranks=self.num_ranks)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", default="0,1,2", help="train.seed of the runs of each setting; default: 0,1,2")
     parser.add_argument(
-        "--nproc-per-node", type=int, metavar="N", help="run each by torchrun on so many processes of this machine"
+        "--nproc-per-node", type=count, metavar="N", help="run each by torchrun on so many processes of this machine"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the runs' command lines, and start nothing")
 
@@ -186,8 +193,6 @@ def _plan(args: argparse.Namespace) -> list[Run]:
             raise UserError(f"{option} {','.join(words)} names one twice.")
     if not all(seed.isdecimal() for seed in seeds):
         raise UserError(f"--seeds {args.seeds} must be whole numbers with commas between them, as in 0,1,2.")
-    if args.nproc_per_node is not None and args.nproc_per_node < 1:
-        raise UserError(f"--nproc-per-node {args.nproc_per_node} must be at least 1.")
     for key in (override.partition("=")[0] for override in args.overrides):
         if key in OURS_TO_SAY:
             raise UserError(f"{key} is no override here: {OURS_TO_SAY[key]} says it.")
@@ -238,27 +243,25 @@ def _looked_for() -> str:
 def _refuse_other(run: Run, config: Config) -> None:
     """Refuse a run that is done by another config: its scores do not belong in the same table."""
     try:
-        refuse_changes(load_config(run.folder / "config.yaml"), config, [])
+        refuse_changes(load_config(run.folder / "config.yaml", num_ranks=1), config, [])
     except UserError as e:
         raise UserError(f"{run.folder} is done, but not by what is asked for now: name another --out. {e}") from e
 
 
 def _check_data(runs: Sequence[Run], configs: Sequence[Config]) -> None:
     """Refuse what any of the runs to come would refuse, before the first of them takes its hours."""
-    # Here, not above: it takes seconds to import.
-    from uhml.train import check_batch_fits
-
-    to_come = [(run.dataset, config) for run, config in zip(runs, configs, strict=True) if not run.is_finished]
-    for dataset in dict.fromkeys(dataset for dataset, _ in to_come):
-        its_configs = [config for other, config in to_come if other == dataset]
-        report = check(its_configs[0].data)
-        refuse(report, its_configs[0].data)
+    to_come = [(run, config) for run, config in zip(runs, configs, strict=True) if not run.is_finished]
+    for dataset in dict.fromkeys(run.dataset for run, _ in to_come):
+        its_runs = [(run, config) for run, config in to_come if run.dataset == dataset]
+        data = its_runs[0][1].data
+        report = check(data)
+        refuse(report, data)
         found = {finding.name: finding.items for finding in report.findings}
         skipped = [f"{len(found['unreadable']):,} unreadable pictures, skipped"] if found["unreadable"] else []
         odd = "; ".join([*map(str, found["counts"]), *skipped])
         logger.info("%s: %s", dataset, odd or "complete, and every picture is readable")
-        for config in its_configs:
-            check_batch_fits(len(report.splits.train), config)
+        for run, config in its_runs:
+            check_batch_fits(report.num_to_train, config, run.num_ranks)
 
 
 def _do(run: Run, num_steps: int) -> str | None:

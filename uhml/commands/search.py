@@ -24,6 +24,7 @@ from uhml.data.decode import load_rgb
 from uhml.data.images import list_images
 from uhml.data.names import common_folder
 from uhml.data.pictures import Pictures
+from uhml.data.sampling import evenly
 from uhml.data.verify import list_pictures
 from uhml.embedding import embed_share
 from uhml.errors import UserError, known_everywhere
@@ -31,7 +32,6 @@ from uhml.files import check_out
 from uhml.hierarchy.geometry import Geometry
 from uhml.hierarchy.knn import nearest_neighbors
 from uhml.logs import shown
-from uhml.reporting.figures import evenly
 from uhml.reporting.sheets import Answer, Tile, write_sheet
 from uhml.trained import Trained
 from uhml.trained.gallery import embedded_gallery
@@ -221,7 +221,7 @@ def _refuse_others_vectors(trained: Trained, vectors: Vectors, file: Path) -> No
                 rows.append(int(row))
         return rows
 
-    if rows := distributed.gather_objects(distributed.on_main(there))[0]:
+    if rows := distributed.from_main(there):
         pictures = Pictures(paths=[vectors.paths[row] for row in rows])
         own = embed_share(trained.model, pictures, trained.config, "compare the vectors with the network's")
         expected = distributed.all_gather_shares(own, len(rows)).cpu()

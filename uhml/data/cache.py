@@ -29,6 +29,7 @@ from uhml import distributed
 from uhml.config import DataConfig
 from uhml.data.decode import UnreadablePicture, load_rgb, stamp
 from uhml.data.names import absolute
+from uhml.data.sampling import evenly
 from uhml.data.transforms import reduced
 from uhml.data.workers import Loader, next_together
 from uhml.environment import place
@@ -188,7 +189,7 @@ def _make_room(folder: Path, groups: Sequence[Sequence[str]], config: DataConfig
 def bytes_per_picture(paths: Sequence[str], reduce_to: int | None) -> float:
     """Return how much of the disk a picture takes on average, from a sample of them that is decoded."""
     sizes = []
-    for i in np.unique(np.linspace(0, len(paths) - 1, min(len(paths), SAMPLED)).astype(int)):
+    for i in evenly(len(paths), SAMPLED):
         with contextlib.suppress(UnreadablePicture):
             image = reduced(load_rgb(paths[i]), reduce_to)
             sizes.append(3 * image.width * image.height)

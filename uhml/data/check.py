@@ -54,11 +54,13 @@ class Report:
 
     Attributes:
         splits: the pictures, those that are missing included.
+        num_to_train: of them on, without those that cannot be read.
         base: the folder that all of them lie below.
         findings: of every kind that was looked for, also where there are none.
     """
 
     splits: Splits
+    num_to_train: int
     base: Path
     findings: list[Finding]
 
@@ -109,7 +111,8 @@ def check(config: DataConfig) -> Report:
         Finding("large", f"sides over {LARGE_SIDE} px", [p for p, f in facts.items() if f.long_side > LARGE_SIDE]),
         Finding("tiny", f"sides under {tiny} px", [p for p, f in facts.items() if f.short_side < tiny]),
     ]
-    return Report(splits, base, findings)
+    num_to_train = sum(path not in absent | unreadable for path in splits.train.paths)
+    return Report(splits, num_to_train, base, findings)
 
 
 def _parts(splits: Splits) -> dict[str, Pictures]:

@@ -6,11 +6,11 @@ import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from uhml.data.decode import load_rgb
+from uhml.data.sampling import evenly
 from uhml.data.workers import Loader
 from uhml.errors import UserError
 from uhml.progress import progress
@@ -42,7 +42,7 @@ def choose_look(paths: Sequence[str], num_bytes: int) -> Look:
     Raises:
         UserError: a picture cannot be read, or the least look takes more.
     """
-    sample = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, NUM_SAMPLED).astype(int))]
+    sample = [paths[i] for i in evenly(len(paths), NUM_SAMPLED)]
     images = [load_rgb(path) for path in sample]
     for look in LOOKS:
         estimate = len(_sheet(images, look)) / len(sample) * len(paths) * MARGIN

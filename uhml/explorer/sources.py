@@ -5,11 +5,12 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from uhml import distributed
 from uhml.data.images import list_images
 from uhml.data.names import common_folder
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.verify import list_pictures, readable_pictures
-from uhml.errors import UserError
+from uhml.errors import UserError, known_everywhere
 from uhml.hierarchy import Dendrogram
 from uhml.run.run_dir import HIERARCHIES
 from uhml.run.training_state import fingerprint
@@ -47,7 +48,10 @@ def find_source(trained: Trained, part: str, images: Path | None) -> Source:
     Raises:
         UserError: they are not there, or too few.
     """
-    splits = list_pictures(trained.config.data) if images is None else Splits(train=list_images(images))
+    if images is None:
+        splits = list_pictures(trained.config.data)
+    else:
+        splits = Splits(train=distributed.on_every_rank(lambda: list_images(images)))
     if trained.config.data.skip_corrupt:
         splits = readable_pictures(splits, trained.config.data)
     if images is not None:
@@ -55,11 +59,13 @@ def find_source(trained: Trained, part: str, images: Path | None) -> Source:
     elif part == "train":
         source = Source(splits.train, "train", _saved_trees(trained, splits))
     elif splits.test is None:
-        raise UserError("--part test: no classes are known for the run's pictures, so all of them are train.")
+        said = "--part test: no classes are known for the run's pictures, so all of them are train."
+        raise known_everywhere(UserError(said))
     else:
         source = Source(splits.test, trained.config.data.score_on, {})
     if len(source.pictures) < FEWEST:
-        raise UserError(f"{len(source.pictures)} pictures are too few to explore: it takes {FEWEST} at least.")
+        said = f"{len(source.pictures)} pictures are too few to explore: it takes {FEWEST} at least."
+        raise known_everywhere(UserError(said))
     return source
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from uhml.console import console
 from uhml.errors import UserError
-from uhml.files import check_out, opened_aside
+from uhml.files import PLOT_SUFFIXES, check_out, opened_aside
 from uhml.hierarchy import quality
 from uhml.hierarchy.geometry import GEOMETRIES, Geometry
 from uhml.hierarchy.linkage import EXACT_SEARCH_UP_TO, MIN_RECALL, MODES, average_linkage
@@ -31,8 +31,6 @@ MODE = (
     "what is averaged: the distances of near pairs (graph) or of all pairs (dense), or of all pairs their squares, in "
     "the ball their cosh (exact); default: %(default)s"
 )
-
-PLOT_SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from uhml.hierarchy.dendrogram import Merges
+from uhml.hierarchy.pairs import SHUFFLE
 
-# Odd, random bits (2^64 / golden ratio, as a signed number).
-MULTIPLIER = -7046029254386353131
 ROWS_PER_BLOCK = 8192
 
 
@@ -21,7 +20,7 @@ def row_hashes(points: Tensor) -> Tensor:
         block = points[start : start + ROWS_PER_BLOCK] + 0.0  # -0.0 equals 0.0
         mixed = hashes[start : start + ROWS_PER_BLOCK]
         for column in block.view(words).T.contiguous():
-            mixed.bitwise_xor_(column).mul_(MULTIPLIER)
+            mixed.bitwise_xor_(column).mul_(SHUFFLE)
             mixed.bitwise_xor_(mixed >> 29)
     return hashes
 

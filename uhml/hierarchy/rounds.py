@@ -5,10 +5,10 @@ import time
 from collections.abc import Iterable, Iterator
 
 from uhml.hierarchy.dendrogram import Merges
+from uhml.progress import SECONDS_BETWEEN_LINES
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LINES = 15.0
 # Real features take 30 to 100 rounds, whatever their number.
 UNUSUALLY_MANY = 1000
 

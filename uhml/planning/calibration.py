@@ -263,9 +263,9 @@ def _steps(model: Embedder, config: Config, pictures: Pictures, folder: Path, vi
     state.levels = nested_levels(len(pictures), num_levels).to(model.device)
     loss = HierarchicalLoss(config.loss, num_levels, config.mining.num_views)
     times = []
-    with contextlib.closing(batches_left(state, pictures, small)) as batches:
+    with contextlib.closing(batches_left(state, pictures)) as batches:
         for images, rows in itertools.islice(batches, num_steps):
-            train_step(model, images, rows, state, loss, small, folder)
+            train_step(model, images, rows, state, loss, folder)
             _finish(model.device)
             times.append(time.perf_counter())
             if len(times) > 2 and times[-1] - times[0] > SECONDS_OF_STEPS:
@@ -279,11 +279,11 @@ def _recording(model: Embedder, config: Config, pictures: Pictures, folder: Path
     levels = nested_levels(len(pictures), len(config.hierarchy.cuts))
     batch = np.arange(config.mining.pictures_per_cluster * 2).reshape(2, -1) % len(pictures)
     state = TrainingState(model, Splits(train=pictures), config)
-    state.tree = average_linkage(clustered_points(len(pictures), 8, 0.0), geometry="cosine")
+    tree = average_linkage(clustered_points(len(pictures), 8, 0.0), geometry="cosine")
     (folder / "checkpoints").mkdir()
     began = time.perf_counter()
     with Reporter(folder, config) as report:
-        report.hierarchy(0, show_hierarchy(0, state.tree, levels.numpy(), pictures, batch))
+        report.hierarchy(0, show_hierarchy(0, tree, levels.numpy(), pictures, batch))
         state.save(folder, report.settle)
         record = time.perf_counter() - began
         shown, _ = _timed(lambda: _show(report, pictures), torch.device("cpu"))
@@ -291,7 +291,7 @@ def _recording(model: Embedder, config: Config, pictures: Pictures, folder: Path
 
 
 def _show(report: Reporter, pictures: Pictures) -> None:
-    images = torch.stack(thumbnails(pictures.paths))
+    images = torch.stack(thumbnails(pictures))
     report.embedding(0, torch.zeros(len(images), 2), ["picture"], [["x"]] * len(images), images)
 
 
@@ -371,7 +371,10 @@ def _finish(device: torch.device) -> None:
 
 def resident() -> int:
     """Return the bytes of host memory that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except FileNotFoundError:  # on a Mac, which tells the most that there was
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def stand_ins(folder: Path) -> Pictures:

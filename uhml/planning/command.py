@@ -16,10 +16,11 @@ import torch
 
 from uhml import distributed
 from uhml.cli import count
-from uhml.config import Config, DataConfig, load_config
+from uhml.config import Config, DataConfig, check_batch_fits, load_config
 from uhml.console import console
 from uhml.data.cache import cache_pictures
 from uhml.data.pictures import Pictures
+from uhml.data.sampling import evenly
 from uhml.data.verify import list_pictures
 from uhml.errors import UserError
 from uhml.hierarchy.memory import available
@@ -28,8 +29,6 @@ from uhml.planning.calibration import calibrate, stand_ins
 from uhml.planning.costs import Ranks, Sizes
 from uhml.planning.plan import Machine, Plan, make_plan, refuse_what_cannot_fit
 from uhml.planning.table import tables
-from uhml.reporting.figures import evenly
-from uhml.train import check_batch_fits
 
 logger = logging.getLogger(__name__)
 
@@ -75,19 +74,14 @@ def run(args: argparse.Namespace) -> None:
         UserError: the config is not usable, or what it asks for cannot fit.
     """
     ranks = Ranks(nodes=args.nodes, per_node=args.gpus_per_node)
-    config = load_config(args.config, args.overrides, needs_root=False)
-    if config.train.global_batch_size % ranks.world_size:
-        raise UserError(
-            f"train.global_batch_size={config.train.global_batch_size} must be a multiple of the {ranks.world_size} "
-            "ranks of --nodes and --gpus-per-node."
-        )
+    config = load_config(args.config, args.overrides, num_ranks=ranks.world_size, needs_root=False)
     with (
         contextlib.ExitStack() as stack,
         distributed.process_group(config.train.device if args.gpu is None else "cpu") as device,
         torch.jit.optimized_execution(False),
     ):
         sizes, sample = _pictures(config, args.pictures, stack)
-        check_batch_fits(sizes.train, config)
+        check_batch_fits(sizes.train, config, ranks.world_size)
         if config.data.cache is not None:
             sample = _cached(sample, config.data, Path(stack.enter_context(tempfile.TemporaryDirectory())))
         machine = _machine(args.gpu, ranks, device)

@@ -374,7 +374,7 @@ def disk(config: Config, sizes: Sizes, network: Network) -> tuple[int, int]:
     levels = len(options.cuts) * n * 4
     bank = n * network.num_features * HALF if options.features == "bank" else 0
     pending = n * config.model.embedding_dim * FLOAT if options.overlap_steps else 0
-    return network.weights + 2 * network.learned + levels + tree + bank + pending, tree
+    return network.weights + 2 * network.learned + levels + bank + pending, tree
 
 
 def num_kept(config: Config) -> int:

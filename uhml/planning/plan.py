@@ -3,22 +3,21 @@
 import dataclasses
 import logging
 import math
-import os
 from collections.abc import Callable
 
 import torch
 
 from uhml.config import Config
+from uhml.environment import cores
 from uhml.errors import UserError
 from uhml.hierarchy.dense import MAX_POINTS
+from uhml.hierarchy.memory import GIB
 from uhml.planning import costs, hardware
 from uhml.planning.calibration import Calibration
 from uhml.planning.costs import FLOAT, Growth, Memory, Network, Ranks, Seconds, Sizes, Speed
 from uhml.planning.hardware import ARITHMETIC_SHARE, BANDWIDTH_SHARE, Gpu
 
 logger = logging.getLogger(__name__)
-
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,7 +244,7 @@ def _speed_here(config: Config, ranks: Ranks, machine: Machine, measured: Calibr
     assert measured.pace is not None, "where no data sheet is planned for, this machine has computed"
     sharing = 1 if machine.on_gpu else ranks.per_node
     per_node = ranks.per_node if machine.on_gpu else 1
-    readers = max(1, min(config.data.num_workers * ranks.per_node, len(os.sched_getaffinity(0))))
+    readers = max(1, min(config.data.num_workers * ranks.per_node, cores()))
     exchange = costs.seconds_of_exchange(measured.network.learned, ranks, hardware.GLOO, hardware.NODE_NETWORK)
     return Speed(
         view=measured.pace.view / per_node,

@@ -2,9 +2,8 @@
 
 from rich.table import Table
 
+from uhml.hierarchy.memory import GIB
 from uhml.planning.plan import Plan
-
-GIB = 2**30
 
 
 def tables(plan: Plan) -> list[Table]:

@@ -10,6 +10,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from uhml.data.decode import load_rgb
 from uhml.reporting.sheets import thumbnail
 
 # Rows of a matrix whose names can still be read, and up to which the numbers fit into it.
@@ -133,7 +134,7 @@ def _pairs(figure: Any, pairs: Sequence[Pair]) -> None:
         cell.axis("off")
     for cell, pair in zip(axes.T.flat, pairs, strict=False):
         gap = np.full((THUMBNAIL, THUMBNAIL // 3, 3), 255, np.uint8)
-        both = [np.asarray(thumbnail(path, THUMBNAIL)) for path in (pair.path, pair.neighbor_path)]
+        both = [np.asarray(thumbnail(load_rgb(path), THUMBNAIL)) for path in (pair.path, pair.neighbor_path)]
         cell.imshow(np.concatenate([both[0], gap, both[1]], 1))
         cell.annotate("", (0.575, 0.5), (0.425, 0.5), "axes fraction", arrowprops={"arrowstyle": "->", "color": FAINT})
         said = f"{_short(pair.name)}: {100 * pair.share:.0f} % ({pair.pictures})\n→ {_short(pair.taken_for)}"

@@ -1,7 +1,5 @@
 """Figures of clusters, for people to see what a run learns from."""
 
-from collections.abc import Iterable
-
 import matplotlib
 import numpy as np
 import torch
@@ -14,6 +12,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
 from uhml.data.pictures import Pictures
+from uhml.data.sampling import evenly
 from uhml.reporting.sheets import thumbnail
 
 SHEET_CLUSTERS, SHEET_PICTURES, THUMBNAIL = 10, 12, 64
@@ -21,14 +20,13 @@ BATCH_CLUSTERS, BATCH_PICTURES = 16, 12
 APART = "#d4d4d8"
 
 
-def evenly(num_items: int, num_chosen: int) -> NDArray[np.int64]:
-    """Return the places of at most so many items, the first and the last and evenly between, rising."""
-    return np.unique(np.linspace(0, num_items - 1, min(num_items, num_chosen)).astype(np.int64))
+def thumbnails(pictures: Pictures) -> list[Tensor]:
+    """Return each picture, whole, in a square: ``[3, THUMBNAIL, THUMBNAIL]`` uint8.
 
-
-def thumbnails(paths: Iterable[str]) -> list[Tensor]:
-    """Return each picture, whole, in a square: ``[3, THUMBNAIL, THUMBNAIL]`` uint8."""
-    return [pil_to_tensor(thumbnail(path, THUMBNAIL)) for path in paths]
+    Raises:
+        UnreadablePicture: one cannot be read any more.
+    """
+    return [pil_to_tensor(thumbnail(pictures.load(i), THUMBNAIL)) for i in range(len(pictures))]
 
 
 def draw_clusters(level: NDArray[np.int32], pictures: Pictures) -> Tensor:
@@ -48,7 +46,7 @@ def draw_clusters(level: NDArray[np.int32], pictures: Pictures) -> Tensor:
     tiles = []
     for cluster in by_size[evenly(len(by_size), SHEET_CLUSTERS)]:
         members = np.flatnonzero(level == cluster)
-        row = thumbnails(pictures.select(members[evenly(len(members), SHEET_PICTURES)]).paths)
+        row = thumbnails(pictures.select(members[evenly(len(members), SHEET_PICTURES)]))
         tiles += row + [blank] * (SHEET_PICTURES - len(row))
     return make_grid(tiles, nrow=SHEET_PICTURES, padding=2, pad_value=200)
 
@@ -81,7 +79,7 @@ def draw_batch(batch: NDArray[np.int64], levels: NDArray[np.int32], pictures: Pi
         axes.text(-k - 0.55, -0.25, f"level {k + 1}", fontsize=8, ha="center")
     for row, members in enumerate(rows):
         shared = (levels[:, members] == levels[:, members[:1]]).sum(0)
-        for column, tile in enumerate(thumbnails(pictures.select(members).paths)):
+        for column, tile in enumerate(thumbnails(pictures.select(members))):
             box = (column + 0.06, column + 0.94, row + 0.94, row + 0.06)
             axes.imshow(tile.permute(1, 2, 0).numpy(), extent=box, aspect="auto", interpolation="antialiased")
             colour = colours[num_levels - shared[column]] if shared[column] else APART

@@ -8,9 +8,10 @@ from uhml import distributed
 from uhml.config import Config
 from uhml.data.names import common_folder
 from uhml.data.pictures import Pictures, Splits
+from uhml.data.sampling import evenly
 from uhml.embedding import embed_share
 from uhml.model import Embedder
-from uhml.reporting.figures import evenly, thumbnails
+from uhml.reporting.figures import thumbnails
 from uhml.reporting.report import Reporter
 
 MOST = 2500
@@ -25,7 +26,7 @@ def project(model: Embedder, splits: Splits, step: int, config: Config, report: 
     points = distributed.all_gather_shares(own, len(chosen))
 
     def show() -> None:
-        images = torch.stack(thumbnails(chosen.paths))
+        images = torch.stack(thumbnails(chosen))
         report.embedding(step, points, ("picture", "class"), _rows(chosen), images)
 
     distributed.on_main(show)

@@ -211,9 +211,13 @@ class Reporter:
             "world_size": distributed.world_size(),
             "seconds": round(seconds, 1),
         }
-        distributed.on_main(
-            lambda: write_whole(self.run_dir / "result.json", json.dumps(result, indent=2) + "\n"), interruptible=False
-        )
+
+        def write() -> None:
+            # First all else: with this file the run is finished, and nothing goes on with it.
+            self.settle()
+            write_whole(self.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
+
+        distributed.on_main(write, interruptible=False)
         if self.active:
             if before and after:
                 console().print(_table(before, after, f"{num_steps} steps in {seconds:.0f} s on {_ranks()}"))

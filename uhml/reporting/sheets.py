@@ -78,13 +78,9 @@ def write_sheet(path: Path, answers: Sequence[Answer], title: str, subtitle: str
     draw_sheet(answers, title, subtitle).save(path)
 
 
-def thumbnail(path: str, side: int) -> Image.Image:
-    """Return the whole picture in a square.
-
-    Raises:
-        UnreadablePicture: it cannot be read.
-    """
-    return ImageOps.pad(load_rgb(path), (side, side), Image.Resampling.LANCZOS, color=BACKGROUND)
+def thumbnail(image: Image.Image, side: int) -> Image.Image:
+    """Return the whole picture in a square."""
+    return ImageOps.pad(image, (side, side), Image.Resampling.LANCZOS, color=BACKGROUND)
 
 
 def _step_down(tiles: Sequence[Tile]) -> int:
@@ -97,7 +93,7 @@ def _height(answer: Answer) -> int:
 
 
 def _place(sheet: Image.Image, tile: Tile, left: int, top: int, colour: str) -> None:
-    sheet.paste(thumbnail(tile.path, TILE), (left + FRAME, top + FRAME))
+    sheet.paste(thumbnail(load_rgb(tile.path), TILE), (left + FRAME, top + FRAME))
     frame = _frame(colour, tile.is_right)
     sheet.paste(frame, (left, top), frame)
     draw = ImageDraw.Draw(sheet)

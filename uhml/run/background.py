@@ -57,20 +57,21 @@ class Background:
         """Begin ``work``, a picklable function of a module's, and return at once.
 
         Raises:
-            UserError: there is no room for what the work is about, or the process was killed.
+            UserError: there is no room for what the work is about, or the process cannot be started or was killed.
         """
         question = _Question(work, torch.get_num_threads(), logging.getLogger().getEffectiveLevel())
         try:
             if self._process is None:
                 self._question = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
                 self._answer = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-                self._process = self._stack.enter_context(_launch(self._question.fileno(), self._answer.fileno()))
             _put(self._question.fileno(), question)
         except (OSError, RuntimeError) as e:
             raise UserError(
                 f"The folder for temporary files, {tempfile.gettempdir()}, cannot be written ({e}): make room, name "
                 "another by TMPDIR, or take hierarchy.overlap_steps=0, which needs none."
             ) from e
+        if self._process is None:
+            self._process = self._stack.enter_context(_launch(self._question.fileno(), self._answer.fileno()))
         assert self._process.stdin is not None
         try:
             os.write(self._process.stdin.fileno(), b"?")
@@ -111,14 +112,17 @@ class Background:
 
 def _launch(*files: int) -> "subprocess.Popen[bytes]":
     # Signals of the terminal are for the run.
-    with interruption.workers_starting():
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__, *map(str, files)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=files,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
+    command = [sys.executable, "-P", "-m", __name__, *map(str, files)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    pipe = subprocess.PIPE
+    try:
+        with interruption.workers_starting():
+            return subprocess.Popen(command, stdin=pipe, stdout=pipe, pass_fds=files, env=environment)
+    except OSError as e:
+        raise UserError(
+            f"No process can be started beside rank 0 ({e}): make room for one, or take hierarchy.overlap_steps=0, "
+            "which needs none."
+        ) from e
 
 
 def _put(descriptor: int, what: object) -> None:

@@ -75,3 +75,14 @@ def next_levels_at(step: int, config: Config) -> int:
     """Return the next step that may have other levels than this one; the number of steps if there is none."""
     every, overlap = config.hierarchy.recluster_every, config.hierarchy.overlap_steps
     return min((max(step - overlap, 0) // every + 1) * every + overlap, config.train.num_steps)
+
+
+def is_first_of_levels(step: int, config: Config) -> bool:
+    """Return whether the step that follows so many is the first to learn from its levels."""
+    return step == 0 or next_levels_at(step - 1, config) == step
+
+
+def embeds_at(step: int, config: Config) -> bool:
+    """Return whether pictures go through the network outside of the steps, once so many have been taken."""
+    anew = config.hierarchy.features == "fresh" or config.eval.at_reclustering
+    return step == config.train.num_steps or (anew and reclusters_at(step, config))

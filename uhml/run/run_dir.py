@@ -64,7 +64,7 @@ def open_run_dir(
 
     Args:
         run_dir: the folder.
-        config: written to ``config.yaml``, with everything resolved.
+        config: written to ``config.yaml``, with everything resolved, where the run begins.
         overwrite: begin anew, and remove what an earlier run left.
         allow_change: keys of the config that may differ from the unfinished run's.
 
@@ -73,8 +73,9 @@ def open_run_dir(
             else, or cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        found = distributed.on_main(lambda: _prepare(run_dir, config, overwrite, allow_change, stack))
-        checkpoint, before, is_new = distributed.gather_objects(found)[0] or (None, None, False)
+        checkpoint, before, is_new = distributed.from_main(
+            lambda: _prepare(run_dir, config, overwrite, allow_change, stack)
+        )
         if distributed.is_main() and is_new:
             stack.push(lambda kind, *_: _remove_unbegun(run_dir, kind))
         stack.enter_context(logs.to_file(run_dir / "logs" / f"rank{distributed.rank()}.log"))
@@ -119,7 +120,8 @@ def _prepare(
             # An earlier launch may have ended before there was anything to go on from.
             _empty(run_dir, keep=(LOCK, LAUNCH, STATUS, "logs"))
         else:
-            refuse_changes(load_config(run_dir / "config.yaml"), config, allow_change)
+            # Which was right for the ranks that there were.
+            refuse_changes(load_config(run_dir / "config.yaml", num_ranks=1), config, allow_change)
             if (taken := int(checkpoint.stem.removeprefix("step-"))) > config.train.num_steps:
                 raise UserError(f"train.num_steps={config.train.num_steps}: the run has taken {taken} steps already.")
             # Trees of later steps, too: with a changed config they may never be found again.
@@ -131,10 +133,16 @@ def _prepare(
             _empty(run_dir, keep=(LOCK, LAUNCH))
         for name in ("checkpoints", HIERARCHIES, "logs"):
             (run_dir / name).mkdir(exist_ok=True)
-        write_whole(run_dir / "config.yaml", dump_config(config))
+        if checkpoint is None:
+            record_config(run_dir, config)
     except OSError as e:
         raise UserError(f"The run's folder {run_dir} cannot be written: {e}") from e
     return checkpoint, before, is_new
+
+
+def record_config(run_dir: Path, config: Config) -> None:
+    """Write the resolved config into a run's folder: of a run that goes on once its checkpoint is known to fit it."""
+    write_whole(run_dir / "config.yaml", dump_config(config))
 
 
 def _empty(run_dir: Path, keep: Sequence[str]) -> None:

@@ -20,7 +20,6 @@ from uhml.config import Config, dump_config, parse_dump
 from uhml.data.names import absolute, common_folder
 from uhml.data.pictures import Splits
 from uhml.errors import UserError, known_everywhere
-from uhml.hierarchy import Dendrogram
 from uhml.metrics import Scores
 from uhml.model import Embedder
 from uhml.optim import build_optimizer, build_schedule
@@ -60,7 +59,6 @@ class TrainingState:
         schedule: of the optimizer's learning rate.
         step: steps taken.
         levels: ``[K, n]`` int32 on the model's device, what the steps learn from; None before the first clustering.
-        tree: what the levels are cut from, on rank 0.
         pending: the clustering whose levels come next, while it is going on.
         features: the untrained backbone's, of this rank's share, for the first clustering; None after it, and where a
             run goes on before it, which makes them again.
@@ -77,7 +75,6 @@ class TrainingState:
         self.schedule = build_schedule(self.optimizer, config.optim, config.train.num_steps)
         self.step = 0
         self.levels: Tensor | None = None
-        self.tree: Dendrogram | None = None
         self.pending: Pending | None = None
         self.features: Tensor | None = None
         self.bank: FeatureBank | None = None
@@ -121,7 +118,6 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "levels": self.levels,
-            "tree": None if self.tree is None else torch.from_numpy(self.tree.to_scipy()),
             "before": None if self.before is None else {k: dataclasses.asdict(v) for k, v in self.before.items()},
             "best": self.best,
             "recorded": recorded,
@@ -171,7 +167,6 @@ class TrainingState:
         self.step = self.saved = saved["step"]
         if parse_dump(saved["config"]).hierarchy == self.config.hierarchy and saved["levels"] is not None:
             self.levels = saved["levels"].to(self.model.device)
-            self.tree = Dendrogram(saved["tree"].numpy()) if distributed.is_main() else None
             if (pending := saved.get("pending")) is not None:
                 self.pending = Pending(pending["step"], self._share(pending["rows"]))
         # Before the first levels the bank is what the first clustering is of, rounded: it is made again instead.
@@ -180,11 +175,23 @@ class TrainingState:
         self.best = saved["best"]
         if saved["before"] is not None:
             self.before = {name: Scores(**scores) for name, scores in saved["before"].items()}
+            self._refuse_other_recall(self.before)
         self._started, self._seconds_before = time.monotonic(), saved["seconds"]
         if distributed.rank() < len(saved["random_states"]):
             restore_random_state(saved["random_states"][distributed.rank()])
         for difference in _differences(saved):
             logger.warning("%s, so from here on the run is no longer bit for bit the same.", difference)
+
+    def _refuse_other_recall(self, before: dict[str, Scores]) -> None:
+        """Refuse to end with scores that could not stand beside those before the first step."""
+        known, now = [int(k) for k in next(iter(before.values())).recall_at_k], list(self.config.eval.recall_at)
+        if known != now:
+            raise known_everywhere(
+                UserError(
+                    f"eval.recall_at={now}: the run was scored at {known} before its first step, and goes on with that."
+                    " Once it has finished, uhml evaluate scores it at any other."
+                )
+            )
 
     def _share(self, rows: Tensor) -> Tensor:
         return rows[torch.tensor(distributed.share(len(rows)), dtype=torch.long)].to(self.model.device)

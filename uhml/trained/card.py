@@ -179,7 +179,7 @@ def _use(trained: Trained, file: str, difference: float | None) -> str:
 
 
 def _scores(result: dict[str, Any]) -> str:
-    parts = [part for part in NETWORKS if part in result]
+    parts = [part for part in NETWORKS if result.get(part) is not None]
     if not parts:
         return "None: there were no classes to score on."
     ranks = list(result[parts[0]]["recall_at_k"])

@@ -48,7 +48,7 @@ def embedded_gallery(trained: Trained, pictures: Pictures, folder: Path, *, skip
         return True
 
     file = folder / "vectors.npy"
-    if distributed.gather_objects(distributed.on_main(is_stale))[0]:
+    if distributed.from_main(is_stale):
         if distributed.is_main():
             logger.info("Embedding %s pictures, to be kept in %s.", f"{len(pictures):,}", folder)
         left_out = embed_to_file(trained, pictures, file, skip_corrupt=skip_corrupt, overwrite=True)
