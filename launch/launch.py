@@ -1,6 +1,7 @@
 """``uhml launch``: submit a run, or a sweep of runs."""
 
 import argparse
+import dataclasses
 import logging
 import math
 import re
@@ -8,7 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from launch import submit
+from launch import slurm, submit
 from launch.overview import look
 from launch.record import FOLDER, SweepRecord, write_record
 from launch.status import members
@@ -55,7 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     needs.add_argument("--nodes", type=count, default=1, metavar="N", help="default: %(default)s")
     needs.add_argument("--gpus-per-node", type=count, metavar="N", help="one process each (default: no GPU)")
     needs.add_argument("--tasks-per-node", type=count, metavar="N", help="processes on a node without GPUs")
-    needs.add_argument("--cpus-per-task", type=count, metavar="N", help="CPU cores of a process")
+    needs.add_argument(
+        "--cpus-per-task",
+        type=count,
+        metavar="N",
+        help="CPU cores of a process (default: of SLURM's nodes with GPUs, "
+        "data.num_workers and two, or as many as there are for each GPU; else the cluster's)",
+    )
     needs.add_argument("--mem", metavar="SIZE", help="memory of a node, as in 64G")
     needs.add_argument("--partition", metavar="NAME", help="SLURM's partition (default: the cluster's)")
     needs.add_argument("--time", type=_minutes, metavar="D-HH:MM:SS", help="of one slot (default: 24:00:00)")
@@ -91,6 +98,8 @@ def run(args: argparse.Namespace) -> None:
     for name, values in zip(names, sweep, strict=True):
         overrides = args.overrides + [f"{key}={value}" for key, value in values.items()]
         runs[run_dir / name] = load_config(args.config, overrides, num_ranks=resources.num_ranks)
+    if resources.cluster == "slurm" and resources.gpus_per_node and resources.cpus_per_task is None:
+        resources = _with_cores(resources, max(config.data.num_workers for config in runs.values()))
     for own_dir, config in runs.items():
         _refuse_if_taken(own_dir, config, args.allow_change)
 
@@ -104,6 +113,16 @@ def run(args: argparse.Namespace) -> None:
     of = f" of {len(runs)} runs" if args.sweep else ""
     logger.info("Submitted %s %s%s in %s.", what, records[0].job_id.split("_")[0], of, run_dir)
     logger.info("uhml status %s says how it goes, uhml cancel ends it.", shlex.quote(str(args.run_dir or run_dir)))
+
+
+def _with_cores(resources: Resources, num_workers: int) -> Resources:
+    """Ask for cores by the number of GPUs. SLURM's own choice, often one, would have a GPU wait for its pictures."""
+    there = slurm.cores_per_gpu(resources.gpus_per_node, resources.partition)
+    if there is None:
+        return resources
+    cores = min(there, num_workers + 2)
+    logger.info("Asking for %d cores for each GPU; --cpus-per-task says otherwise.", cores)
+    return dataclasses.replace(resources, cpus_per_task=cores)
 
 
 def _resources(args: argparse.Namespace) -> Resources:

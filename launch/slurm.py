@@ -58,6 +58,18 @@ def ask(job_id: str) -> Job:
     return Job(watcher.get_state(job_id, mode="force").split()[0])
 
 
+def cores_per_gpu(gpus_per_node: int, partition: str | None) -> int | None:
+    """Return how many cores there are for each of so many GPUs of a node, on the node with fewest; None if unknown."""
+    command = ["sinfo", "--noheader", "--Node", "--format=%c|%G", *([f"--partition={partition}"] if partition else [])]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = [line.split("|", 1) for line in answer.stdout.splitlines()]
+    cores = [int(number) for number, devices in found if "gpu" in devices and number.isdecimal()]
+    return max(1, min(cores) // gpus_per_node) if cores else None
+
+
 def cancel(job_id: str) -> None:
     """Cancel a job, or a whole array by its first number.
 

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import time
 
 import pytest
@@ -6,7 +8,8 @@ from ranks import run_ranks
 from torch import nn
 
 from uhml import distributed
-from uhml.errors import RankFailed, UserError
+from uhml.errors import RankFailed, UserError, known_everywhere
+from uhml.run.interruption import Preempted
 
 WORLDS = [1, 2, 4]
 
@@ -195,6 +198,86 @@ def test_a_gpu_that_is_not_there_is_the_users_to_mend(monkeypatch):
         distributed.process_group("cuda"),
     ):
         pass
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Makes this a process of two on a machine with GPUs, by its environment; returns what it did."""
+    done = []
+
+    def pretend(launcher, num_gpus):
+        variables = {
+            "torchrun": {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+            "slurm": {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
+            | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "7", "MASTER_ADDR": "127.0.0.1"},
+        }
+        for name, value in variables[launcher].items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+        return done
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(distributed.interruption, "when_parent_dies", lambda number: None)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backends, **options: done.append(backends))
+    monkeypatch.setattr(distributed.dist, "new_group", lambda **options: None)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: done.append("destroyed"))
+    monkeypatch.setattr(distributed.atexit, "register", lambda *what: done.append(what))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    return pretend
+
+
+@pytest.mark.parametrize(("launcher", "num_gpus", "own"), [("torchrun", 2, 1), ("slurm", 4, 1), ("slurm", 1, 0)])
+def test_each_rank_has_a_gpu_of_its_own_even_where_it_sees_no_other(gpus, launcher, num_gpus, own):
+    done = gpus(launcher, num_gpus)
+    with distributed.process_group("cuda") as device:
+        assert device == torch.device("cuda", own)
+    assert done == [torch.device("cuda", own), "cpu:gloo,cuda:nccl", "destroyed"]
+
+
+def test_fewer_gpus_than_ranks_are_the_users_to_mend(gpus):
+    gpus("torchrun", 1)
+    with (
+        pytest.raises(UserError, match="one GPU per process: 2 processes, 1 GPUs"),
+        distributed.process_group("cuda"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "end"),
+    [
+        (Preempted(15), "destroyed"),
+        (known_everywhere(UserError("said to all")), "destroyed"),
+        (UserError("of one rank"), (distributed._end_at_once, 2)),
+        (RuntimeError("CUDA out of memory"), (distributed._end_at_once, 1)),
+        (RankFailed("another"), (distributed._end_at_once, 1)),
+    ],
+)
+def test_a_rank_that_fails_alone_does_not_wait_for_the_others_on_gpus(gpus, error, end):
+    """NCCL would, and they for it."""
+    done = gpus("torchrun", 2)
+    with pytest.raises(type(error)), distributed.process_group("cuda"):
+        raise error
+    assert done[-1] == end
+    assert ("destroyed" in done) == (end == "destroyed")
+
+
+def test_the_end_at_once_says_what_there_is_to_say():
+    program = "import atexit; from uhml import distributed; print('said'); atexit.register(distributed._end_at_once, 2)"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "said\n")
+
+
+def test_a_gpu_that_torch_cannot_use_is_told_of(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(distributed, "NVIDIA_GPU", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for device in ("cpu", "auto"):
+        assert not caplog.text
+        with distributed.process_group(device) as found:
+            assert found == torch.device("cpu")
+    assert "There is a GPU here that torch cannot use" in caplog.text
 
 
 def test_threads_are_shared_out_to_the_ranks_of_a_machine(monkeypatch):

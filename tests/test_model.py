@@ -205,6 +205,20 @@ def test_start_norm_is_the_root_mean_square_norm_in_clip_radii(init, start_norm)
         torch.testing.assert_close(weight @ weight.T, torch.eye(4), rtol=0, atol=1e-5)
 
 
+def _fitted_orthogonal():
+    torch.manual_seed(distributed.rank())
+    features = correlated(40, 10)[distributed.rank() :: distributed.world_size()]
+    head = HyperbolicHead(10, 4, 0.1, clip_radius=1.7)
+    head.fit("orthogonal", FeatureMoments.over_ranks(features), 1.0)
+    return torch.cat([head.linear.weight.flatten(), head.scale.flatten()]).detach()
+
+
+@pytest.mark.ddp
+def test_ranks_that_draw_differently_have_one_orthogonal_head():
+    first, second = run_ranks(_fitted_orthogonal, 2)
+    assert torch.equal(first, second)
+
+
 def test_rounding_errors_of_another_lapack_do_not_reach_the_fitted_weights(monkeypatch):
     features, weights = correlated(50, 12), []
     features[:, [3, 7]] = 1.5  # never vary

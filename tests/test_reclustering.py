@@ -93,6 +93,14 @@ def test_the_bank_is_a_dictionary_of_what_each_picture_was_last(num_views):
             assert torch.equal(own, expected[rank::world_size])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_too_large_for_the_bank_stays_finite(dtype):
+    bank = FeatureBank(torch.zeros(2, 3))
+    bank.update(torch.tensor([[1e6, -1e6, 1.0], [7e4, 0.0, torch.nan]], dtype=dtype), torch.arange(2), 1)
+    expected = torch.tensor([[65504.0, -65504.0, 1.0], [65504.0, 0.0, torch.nan]]).half()
+    torch.testing.assert_close(bank.own, expected, equal_nan=True, rtol=0, atol=0)
+
+
 def test_features_are_seen_without_gradient_and_only_within():
     layer = torch.nn.Linear(3, 2)
     with features_seen(layer) as seen:

@@ -68,6 +68,15 @@ def test_a_dead_worker_is_told_where_its_work_is_fetched():
     assert seen == [[0, 1], [2, 3], [4, 5]][: len(seen)]
 
 
+def test_a_dead_worker_is_told_by_the_thread_that_pins_memory_too(monkeypatch):
+    def fail(self):
+        raise RuntimeError("Pin memory thread exited unexpectedly")
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", fail)
+    with pytest.raises(UserError, match="A process that reads pictures was killed"):
+        list(Loader(Rows(), batch_size=2))
+
+
 def test_a_worker_that_died_between_two_uses_is_told_of():
     loader = Loader(Rows(), batch_size=2, num_workers=1, persistent_workers=True)
     with contextlib.closing(loader):

@@ -8,13 +8,17 @@ Rows that are spread over ranks are always spread the same way: rank ``r`` of ``
 (:func:`share`). The shares cover every row exactly once, without padding.
 """
 
+import atexit
 import contextlib
 import datetime
 import inspect
+import logging
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
@@ -22,22 +26,32 @@ import torch.distributed as dist  # noqa: TID251 (this is the one module that ma
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from uhml.environment import cores, keep_freed_memory, place
-from uhml.errors import RankFailed, UserError, known_everywhere
+from uhml.environment import Place, cores, keep_freed_memory, place
+from uhml.errors import RankFailed, UserError, is_known_everywhere, known_everywhere
 from uhml.run import interruption
 from uhml.run.interruption import Preempted
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 # Rank 0 may cluster for hours while the others wait; that is no failure.
 WAIT_FOR_MAIN_TIMEOUT = datetime.timedelta(days=7)
 
+NVIDIA_GPU = Path("/dev/nvidia0")
+
 _patient_group: Any = None
 
 
 # What gloo and NCCL say when the process at the other end is gone.
-GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "Timed out waiting",
+    "NCCL communicator was aborted",
+)
 
 
 @contextlib.contextmanager
@@ -54,14 +68,13 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
     here = place()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu" and NVIDIA_GPU.exists() and "CUDA_VISIBLE_DEVICES" not in os.environ:
+            logger.warning("There is a GPU here that torch cannot use; train.device=cpu says that it need not.")
     if device == "cuda":
-        if torch.cuda.device_count() < here.local_world_size:
-            raise UserError(
-                f"train.device=cuda needs one GPU per process: {here.local_world_size} processes, "
-                f"{torch.cuda.device_count()} GPUs here. Start fewer processes or use train.device=cpu."
-            )
-        torch.cuda.set_device(here.local_rank)
-        rank_device = torch.device("cuda", here.local_rank)
+        rank_device = torch.device("cuda", _own_gpu(here))
+        torch.cuda.set_device(rank_device)
+        # Pictures and batches are of one size, so that trying out convolutions pays.
+        torch.backends.cudnn.benchmark = True
     else:
         rank_device = torch.device("cpu")
     keep_freed_memory()
@@ -81,13 +94,42 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
         timeout=COLLECTIVE_TIMEOUT,
         device_id=rank_device if device == "cuda" else None,
     )
+    is_alone = False
     try:
         _patient_group = dist.new_group(backend="gloo", timeout=WAIT_FOR_MAIN_TIMEOUT)
         yield rank_device
+    except BaseException as e:
+        # Where the others know nothing of it they wait in some collective, and NCCL, on its way out, for them: for half
+        # an hour. As it does when Python ends, too, this process must end without, once its error is told.
+        is_shared = isinstance(e, Preempted) or (isinstance(e, UserError) and is_known_everywhere(e))
+        is_alone = device == "cuda" and not is_shared
+        if is_alone:
+            atexit.register(_end_at_once, 2 if isinstance(e, UserError | OSError) else 1)
+        raise
     finally:
         # No collective here: on the way out of an error the other ranks may be anywhere.
         _patient_group = None
-        dist.destroy_process_group()
+        if not is_alone:
+            dist.destroy_process_group()
+
+
+def _own_gpu(here: Place) -> int:
+    """Return the number of this rank's GPU."""
+    seen = torch.cuda.device_count()
+    if seen == 1 and here.launcher == "slurm":
+        return 0  # of several, SLURM may show each task its own alone
+    if seen < here.local_world_size:
+        raise UserError(
+            f"train.device=cuda needs one GPU per process: {here.local_world_size} processes, {seen} GPUs here. Start "
+            "fewer processes or use train.device=cpu."
+        )
+    return here.local_rank
+
+
+def _end_at_once(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @contextlib.contextmanager
@@ -398,7 +440,9 @@ def data_parallel(model: nn.Module) -> nn.Module:
     option: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     # Otherwise DDP regroups the gradients after its first backward pass, and from three ranks on the last bit of a sum
     # depends on the group: a run that went on after an interruption would differ from one that was not interrupted.
-    return DistributedDataParallel(model, find_unused_parameters=world_size() > 2, **option)
+    # On GPUs, where runs are not the same to the last bit anyway, that would cost time in every step.
+    keeps_groups = world_size() > 2 and next(model.parameters()).device.type == "cpu"
+    return DistributedDataParallel(model, find_unused_parameters=keeps_groups, **option)
 
 
 def unexchanged(model: nn.Module) -> contextlib.AbstractContextManager[None]:

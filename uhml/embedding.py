@@ -83,7 +83,12 @@ def embed_rounds(
     embed, width = (model.features, model.backbone.num_features) if features else (model, config.model.embedding_dim)
     transform = plain_transform(config.data, model.backbone.mean, model.backbone.std)
     loader = share_loader(
-        pictures, transform, config.eval.batch_size, config.data.num_workers, skip_corrupt=skip_corrupt
+        pictures,
+        transform,
+        config.eval.batch_size,
+        config.data.num_workers,
+        skip_corrupt=skip_corrupt,
+        pin_memory=model.device.type == "cuda",
     )
     # One at least, so that no pictures are zero rows of the right width.
     num_rounds = max(1, math.ceil(len(pictures) / pictures_per_round(config)))

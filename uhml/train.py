@@ -148,7 +148,7 @@ def learn(state: TrainingState, splits: Splits, run: OpenRun, report: Reporter) 
             if state.step in (1, num_steps) or state.step % config.train.log_every == 0:
                 # Here alone, and where a hierarchy or a checkpoint is made, a step waits for the GPU.
                 state.stepper.settle()
-                report.scalars("train", state.step, {key: float(value) for key, value in figures.items()})
+                report.scalars("train", state.step, figures)
             if is_first_of_levels(state.step - 1, config):
                 assert state.levels is not None
                 pairs = batch.pairs(next(batch.blocks()), state.levels, config.model.curvature)
@@ -370,7 +370,8 @@ def train_step(
     assert state.levels is not None
     config, random_before, device = state.config, random_state(), state.levels.device
     images, indices = images.to(device, non_blocking=True), indices.to(device, non_blocking=True)
-    model.train()
+    if not state.model.training:  # to go through all modules takes time
+        model.train()
     micro_batches = images.split(config.train.micro_batch_size or len(images))
     with features_seen(state.model.backbone) as features:
         points = embed_batch(model, micro_batches)

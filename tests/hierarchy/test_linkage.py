@@ -1,6 +1,8 @@
 """Each mode against its oracle, and what holds for all."""
 
 import re
+import subprocess
+import sys
 
 import fastcluster
 import numpy as np
@@ -320,6 +322,21 @@ def test_products_are_true_float32_whatever_training_allows(monkeypatch):
         torch.set_float32_matmul_precision("highest")
 
 
+def test_products_are_true_float32_however_it_was_allowed():
+    """In a process of its own: after this way to say it, torch does not answer as above any more."""
+    program = (
+        "import torch\n"
+        "from uhml.hierarchy.search import true_float32\n"
+        "parts = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul\n"
+        "parts[0].fp32_precision, parts[1].fp32_precision = 'tf32', 'bf16'\n"
+        "with true_float32():\n"
+        "    print(*(part.fp32_precision for part in parts))\n"
+        "print(*(part.fp32_precision for part in parts))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout == "ieee ieee\ntf32 bf16\n"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -353,6 +370,13 @@ def test_what_was_read_from_files_counts_as_free(tmp_path, monkeypatch):
         assert memory.available(torch.device("cpu")) == mib
         (folder / names[0]).write_text("max\n")
         assert memory.available(torch.device("cpu")) != 2 * mib
+
+
+def test_what_torch_keeps_of_a_gpus_memory_is_there_to_be_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    assert memory.available(torch.device("cuda", 0)) == 45
 
 
 @pytest.mark.parametrize("limit", [None, 2**10])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -63,6 +64,29 @@ def test_dry_run_shows_the_script_and_changes_nothing(sbatch_only, config, run_d
     # Bash has nothing against it.
     text = script.partition("Would submit by sbatch:\n\n")[2].partition("Each of")[0]
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "cores"),
+    [
+        ("256|(null)\n96|gpu:h100:8\n128|gpu:8\n", [], "6"),  # four workers, and two
+        ("32|gpu:h100:8(S:0-1)\n", [], "4"),
+        ("96|gpu:8\n", ["--cpus-per-task", "3"], "3"),
+        ("4|gpu:8\n", [], "1"),
+        ("96|(null)\n", [], None),
+    ],
+)
+def test_gpus_get_the_cores_that_feed_them(
+    sbatch_only, config, run_dir, tmp_path, capsys, caplog, nodes, options, cores
+):
+    sinfo = tmp_path / "programs" / "sinfo"
+    sinfo.write_text(f"#!/bin/sh\ncase $* in *--partition=gpu*) printf '{nodes}';; *) printf '2|gpu:8';; esac\n")
+    sinfo.chmod(0o755)
+    words = ["--gpus-per-node", "8", "--partition", "gpu", "--dry-run", "data.num_workers=4"]
+    assert launch(config, "--run-dir", run_dir, *words, *options) == 0
+    asked = re.findall(r"#SBATCH --cpus-per-task=(\d+)\n", capsys.readouterr().out)
+    assert asked == ([cores] if cores else [])
+    assert (f"Asking for {cores} cores for each GPU" in caplog.text) == (cores is not None and not options)
 
 
 def test_dry_run_of_a_sweep_is_one_array(sbatch_only, config, run_dir, capsys):

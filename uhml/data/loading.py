@@ -49,7 +49,13 @@ class _ReadableShare(Dataset[tuple[Tensor, str]]):
 
 
 def share_loader(
-    pictures: Pictures, transform: Transform, batch_size: int, num_workers: int, *, skip_corrupt: bool = False
+    pictures: Pictures,
+    transform: Transform,
+    batch_size: int,
+    num_workers: int,
+    *,
+    skip_corrupt: bool = False,
+    pin_memory: bool = False,
 ) -> Loader:
     """Return a loader of this rank's share of ``pictures``: each once, in order, the last batch as short as it is.
 
@@ -61,6 +67,7 @@ def share_loader(
         _ReadableShare(share) if skip_corrupt else share,
         batch_size=batch_size,
         num_workers=num_workers,
+        pin_memory=pin_memory,
         generator=_own_generator(),
     )
 

@@ -12,6 +12,9 @@ from uhml.run import interruption
 
 T = TypeVar("T")
 
+# What is said of a worker that is gone, by the loader and by the thread that pins memory for a GPU.
+KILLED = ("DataLoader worker (pid", "Pin memory thread exited")
+
 
 class _Tolerant(Dataset[Any]):
     """A data set whose errors of the user's are items, as raising would turn them into a worker's traceback."""
@@ -88,8 +91,8 @@ class Loader(DataLoader[Any]):
                     raise batch
                 yield batch
         except (RuntimeError, ConnectionError, EOFError) as e:
-            # The last two where it dies while it hands over a batch.
-            if isinstance(e, RuntimeError) and "DataLoader worker (pid" not in str(e):
+            # The last two where it dies while it hands over a batch; the thread that pins memory meets them first.
+            if isinstance(e, RuntimeError) and not any(words in str(e) for words in KILLED):
                 raise
             raise UserError(
                 "A process that reads pictures was killed, perhaps for want of memory: lower data.num_workers, and "

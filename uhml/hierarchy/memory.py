@@ -15,7 +15,9 @@ CGROUPS = Path("/sys/fs/cgroup")
 def available(device: torch.device) -> int:
     """Return the bytes that this process can still take on ``device``; on a CPU, within the container's limit."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch keeps of what was freed is ours to take again.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     limits = []
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())

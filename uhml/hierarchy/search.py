@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +25,23 @@ def true_float32() -> Iterator[None]:
 
     TF32 or bfloat16 inside a product would break the bound on its rounding.
     """
-    before = torch.get_float32_matmul_precision()
+    # A program says it in either of two ways, and after the newer torch refuses to tell what the older would be.
+    mkldnn: Any = torch.backends.mkldnn
+    backends = torch.backends.cuda.matmul, mkldnn.matmul
+    newer = [backend.fp32_precision for backend in backends]
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        older = None
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        else:
+            for backend, before in zip(backends, newer, strict=True):
+                backend.fp32_precision = before
 
 
 def exact_search(lifted: Tensor) -> Search:

@@ -138,7 +138,9 @@ class HyperbolicHead(nn.Module):
                 self._tell_of_lost_axes(fitted, moments.num_pictures, ball)
             weight.copy_(distributed.broadcast_from_main(fitted, weight.device))
         elif init == "orthogonal":
+            # One rank's, as each draws others.
             nn.init.orthogonal_(weight)
+            weight.copy_(distributed.broadcast_from_main(weight, weight.device))
         self.mean.copy_(moments.mean)
         covariance = moments.covariance.to(weight.device)
         mean_square = torch.einsum("ij,jk,ik->", weight.double(), covariance, weight.double())

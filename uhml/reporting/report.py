@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +99,14 @@ class Reporter:
                 "same command again to go on from the last checkpoint."
             ) from e
 
-    def scalars(self, kind: str, step: int, values: dict[str, float]) -> None:
+    def scalars(self, kind: str, step: int, values: Mapping[str, float | Tensor]) -> None:
         """Record numbers at a step; ``kind`` ("train", "hierarchy", ...) groups them."""
         if not self.active:
             return
+        numbers = {name: float(value) for name, value in values.items()}
         with self._told():
-            self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-            for name, value in values.items():
+            self.metrics.write(json.dumps({"kind": kind, "step": step, **numbers}) + "\n")
+            for name, value in numbers.items():
                 self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
     def scores(self, step: int, scores: dict[str, Scores] | None) -> None:

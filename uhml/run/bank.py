@@ -58,4 +58,5 @@ def features_seen(backbone: nn.Module) -> Iterator[list[Tensor]]:
 
 def _half(features: Tensor) -> Tensor:
     # What is too large stays finite, and NaN stays NaN, which the next clustering refuses.
-    return features.clamp(-GREATEST, GREATEST).half()
+    # In float32 first: to bfloat16 the greatest number of float16 is a greater one.
+    return features.float().clamp(-GREATEST, GREATEST).half()

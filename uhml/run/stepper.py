@@ -53,8 +53,10 @@ class Stepper:
         numbers = torch.stack([loss, gradient_norm])
         self._stopped.copy_(torch.maximum(self._stopped, 1 - numbers.isfinite().all().to(self._stopped.dtype)))
         self._optimizer.step()
-        # Into memory from which the device can copy by itself; the event tells when it has.
-        taken = _Taken(numbers.to("cpu", non_blocking=True), torch.cuda.Event() if numbers.is_cuda else None, refuse)
+        # Into memory from which the device can copy by itself; the event tells when it has, and leaves the core that
+        # waits for it to those that read pictures.
+        arrival = torch.cuda.Event(blocking=True) if numbers.is_cuda else None
+        taken = _Taken(numbers.to("cpu", non_blocking=True), arrival, refuse)
         if taken.arrival is not None:
             taken.arrival.record()
         self.settle()
