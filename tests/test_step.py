@@ -1,20 +1,27 @@
 """A training step: micro-batches, and that none is taken whose loss or gradient is not finite."""
 
 import copy
+import itertools
 import json
 
 import pytest
 import torch
 from ranks import run_ranks
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from uhml import distributed, poincare
+from uhml.config import parse_config
+from uhml.data.pictures import Pictures, Splits
 from uhml.errors import UserError
-from uhml.loss import Batch, HierarchicalLogRatioLoss, global_loss
+from uhml.loss import Batch, HierarchicalLogRatioLoss, HierarchicalLoss, global_loss
+from uhml.model import build_embedder
 from uhml.reporting.profile import STEPS_BEFORE, profiled
+from uhml.run.bank import FeatureBank
 from uhml.run.random_state import random_state
 from uhml.run.stepper import Stepper
-from uhml.train import backward, embed_batch
+from uhml.run.training_state import TrainingState
+from uhml.train import backward, embed_batch, train_step
 
 B, CURVATURE = 12, 0.5
 
@@ -117,23 +124,77 @@ def test_a_profile_holds_the_steps_asked_for(tmp_path):
     assert sum(event["name"] == "aten::cosh" for event in events) == 3
 
 
+WAYS = {
+    "default": {},
+    "bank": {"hierarchy": {"features": "bank"}},
+    "micro-batches": {"train": {"micro_batch_size": 8}},
+    "bfloat16": {"model": {"precision": "bfloat16"}},
+    "flat, without projector": {"model": {"curvature": 0.0, "projector": False}},
+    "contrast of views": {"loss": {"view_weight": 0.5}},
+}
+
+
+def taken_steps(way, device):
+    """Yield what takes one step after another, of a network with random weights on pictures of noise."""
+    options = {"model": {}, **WAYS[way]}
+    options["model"] = {"weights": "random", **options["model"]}
+    config = parse_config(options, "a test")
+    state = TrainingState(build_embedder(config.model, 64).to(device), Splits(train=Pictures(paths=("a", "b"))), config)
+    state.levels = torch.stack([torch.arange(64) // 8, torch.arange(64) // 16]).int().to(device)
+    if config.hierarchy.features == "bank":
+        state.bank = FeatureBank(torch.zeros(64, state.model.backbone.num_features, device=device))
+    images, indices = torch.randn(32, 3, 64, 64), torch.arange(32)
+    if device == "cuda":
+        images, indices = images.pin_memory(), indices.pin_memory()
+    loss = HierarchicalLoss(config.loss, 2, config.mining.num_views)
+    while True:
+        yield lambda: train_step(state.model, images, indices, state, loss, None)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_step_waits_for_no_gpu():
-    from uhml.config import Config, ModelConfig
-    from uhml.data.pictures import Pictures, Splits
-    from uhml.model import build_embedder
-    from uhml.run.training_state import TrainingState
-    from uhml.train import train_step
-
-    config = Config(model=ModelConfig(weights="random"))
-    state = TrainingState(build_embedder(config.model, 64).cuda(), Splits(train=Pictures(paths=("a", "b"))), config)
-    state.levels = torch.stack([torch.arange(64) // 8, torch.arange(64) // 16]).int().cuda()
-    images, pictures = torch.randn(32, 3, 64, 64).pin_memory(), torch.arange(32).pin_memory()
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_waits_for_no_gpu(way):
     try:
-        for step in range(4):
+        for step, take in enumerate(itertools.islice(taken_steps(way, "cuda"), 4)):
             if step == 2:  # what is made on first use may wait
                 torch.cuda.set_sync_debug_mode("error")
-            train_step(state.model, images, pictures, state, HierarchicalLogRatioLoss(0.8, 3), None)
+            take()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class Asked(TorchDispatchMode):
+    """Notes the operations whose result the host must have before it can go on, whatever device they run on."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique", "unique", "bincount")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.name().removeprefix("aten::").split(".")[0]
+        if name.startswith(self.WAITING):
+            self.found.append(name)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_asks_for_no_number_that_a_gpu_would_have_to_be_waited_for(way, monkeypatch):
+    """As far as it shows without one."""
+    settle, asked, settled = Stepper.settle, Asked(), []
+
+    def look_at_the_step_before(stepper):
+        before = len(asked.found)
+        settle(stepper)
+        settled.append(asked.found[before:])
+        del asked.found[before:]
+
+    monkeypatch.setattr(Stepper, "settle", look_at_the_step_before)
+    for take in itertools.islice(taken_steps(way, "cpu"), 2):
+        with asked:
+            take()
+    assert asked.found == []
+    # And what is looked for can be seen.
+    assert "_local_scalar_dense" in settled[1]
