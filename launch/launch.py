@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         _refuse_if_taken(own_dir, config, args.allow_change)
 
     if args.dry_run:
-        _show(args, resources, run_dir, list(runs))
+        _show(resources, run_dir, list(runs))
         return
     records = submit.submit(resources, run_dir, runs, args.allow_change)
     if args.sweep:
@@ -187,7 +187,7 @@ def _refuse_if_not_for_sweep(folder: Path) -> None:
             )
 
 
-def _show(args: argparse.Namespace, resources: Resources, run_dir: Path, runs: list[Path]) -> None:
+def _show(resources: Resources, run_dir: Path, runs: list[Path]) -> None:
     """Print what would be done."""
     if resources.cluster == "slurm":
         print(f"Would submit by sbatch:\n\n{submit.script(resources, run_dir, len(runs))}")

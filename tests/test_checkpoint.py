@@ -149,12 +149,12 @@ def test_a_single_flipped_bit_is_noticed_wherever_it_is(tmp_path):
 def test_a_damaged_newest_is_named_and_skipped(tmp_path, caplog):
     assert newest_checkpoint(tmp_path) is None
     paths = [save_checkpoint(tmp_path, step, {"step": step, "a": torch.ones(99)}, 3) for step in (1, 2, 3)]
-    assert newest_checkpoint(tmp_path) == paths[2]
+    assert newest_checkpoint(tmp_path)[0] == paths[2]
     flipped = bytearray(paths[2].read_bytes())
     flipped[len(flipped) // 2] ^= 1
     paths[2].write_bytes(flipped)
     paths[1].write_bytes(b"")
-    assert newest_checkpoint(tmp_path) == paths[0]
+    assert newest_checkpoint(tmp_path)[0] == paths[0]
     assert str(paths[2]) in caplog.text
     assert str(paths[1]) in caplog.text
     paths[0].write_bytes(paths[0].read_bytes()[:-1])

@@ -174,18 +174,10 @@ def test_the_head_and_the_guards_are_fitted_on_one_thread_of_openblas(monkeypatc
         )
     with threadpool_limits(2, "blas"):
         head = HyperbolicHead(12, 5, 0.1, 2.3)
-        head.fit("whitened_pca", FeatureMoments.over_ranks(correlated(40, 12)), 1.0)
+        head.fit("whitened_pca", FeatureMoments.over_ranks(correlated(40, 12)), 1.0, 0.5)
         watch(head(correlated(40, 12)).detach(), torch.zeros(1, 40, dtype=torch.int32), ModelConfig())
         assert threads() == {2}
     assert seen == [{1}, {1}]
-
-
-def test_half_of_the_whitening_is_the_default():
-    moments = FeatureMoments.over_ranks(correlated(400, 12))
-    heads = HyperbolicHead(12, 5, 0.1, 2.3), HyperbolicHead(12, 5, 0.1, 2.3)
-    heads[0].fit("whitened_pca", moments, 1.0)
-    heads[1].fit("whitened_pca", moments, 1.0, ModelConfig().whitening)
-    assert torch.equal(heads[0].linear.weight, heads[1].linear.weight)
 
 
 @pytest.mark.parametrize("init", ["whitened_pca", "orthogonal", "random"])
@@ -195,7 +187,7 @@ def test_start_norm_is_the_root_mean_square_norm_in_clip_radii(init, start_norm)
     torch.manual_seed(0)
     head = HyperbolicHead(10, 4, 0.1, clip_radius=1.7)
     before = head.linear.weight.detach().clone()
-    head.fit(init, FeatureMoments.over_ranks(features), start_norm)
+    head.fit(init, FeatureMoments.over_ranks(features), start_norm, 0.5)
     tangent = head.tangent(features).detach()
     assert float(tangent.square().sum(1).mean().sqrt()) == pytest.approx(start_norm * 1.7, rel=1e-4)
     torch.testing.assert_close(tangent.mean(0), torch.zeros(4), rtol=0, atol=1e-4)
@@ -209,7 +201,7 @@ def _fitted_orthogonal():
     torch.manual_seed(distributed.rank())
     features = correlated(40, 10)[distributed.rank() :: distributed.world_size()]
     head = HyperbolicHead(10, 4, 0.1, clip_radius=1.7)
-    head.fit("orthogonal", FeatureMoments.over_ranks(features), 1.0)
+    head.fit("orthogonal", FeatureMoments.over_ranks(features), 1.0, 0.5)
     return torch.cat([head.linear.weight.flatten(), head.scale.flatten()]).detach()
 
 
@@ -231,7 +223,7 @@ def test_rounding_errors_of_another_lapack_do_not_reach_the_fitted_weights(monke
 
         monkeypatch.setattr(head_module.scipy.linalg, "eigh", noisy)
         head = HyperbolicHead(12, 5, 0.1, 2.3)
-        head.fit("whitened_pca", FeatureMoments.over_ranks(features), 1.0)
+        head.fit("whitened_pca", FeatureMoments.over_ranks(features), 1.0, 0.5)
         weights.append(head.linear.weight.detach().clone())
     assert torch.equal(*weights)
     assert not weights[0][:, [3, 7]].any()
@@ -239,16 +231,16 @@ def test_rounding_errors_of_another_lapack_do_not_reach_the_fitted_weights(monke
 
 def test_whitening_more_axes_than_pictures_is_finite_and_than_features_is_refused(caplog):
     head = HyperbolicHead(10, 8, 0.1, 2.3)
-    head.fit("whitened_pca", FeatureMoments.over_ranks(correlated(3, 10)), 1.0)
+    head.fit("whitened_pca", FeatureMoments.over_ranks(correlated(3, 10)), 1.0, 0.5)
     assert "The 3 training pictures differ along 2 axes only, and the ball has 8; the others start at 0." in caplog.text
     assert torch.isfinite(head.linear.weight).all()
     assert torch.isfinite(head(correlated(20, 10, seed=1))).all()
     # Fitted again, it says so again only where it is otherwise.
     for num_pictures, times_told in ((3, 1), (4, 2), (4, 2), (20, 2), (4, 3)):
-        head.fit("whitened_pca", FeatureMoments.over_ranks(correlated(num_pictures, 10)), 1.0)
+        head.fit("whitened_pca", FeatureMoments.over_ranks(correlated(num_pictures, 10)), 1.0, 0.5)
         assert caplog.text.count("and the ball has 8;") == times_told
     with pytest.raises(UserError, match=r"model\.embedding_dim=11 is more than the backbone's 10 features"):
-        HyperbolicHead(10, 11, 0.1, 2.3).fit("whitened_pca", FeatureMoments.over_ranks(correlated(20, 10)), 1.0)
+        HyperbolicHead(10, 11, 0.1, 2.3).fit("whitened_pca", FeatureMoments.over_ranks(correlated(20, 10)), 1.0, 0.5)
     Projector(10, 0.1, 2.3).fit(correlated(3, 10), torch.zeros(10), 1.0)
     assert "along 2 axes only, and the projector's ball has 10;" in caplog.text
 

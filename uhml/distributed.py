@@ -283,7 +283,7 @@ def all_gather(own: Tensor) -> Tensor:
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """Return the sum of ``value`` over ranks. No gradient."""
+    """Return the sum over ranks of ``value``, a tensor of any shape that is the same on all. No gradient."""
     # Laid out alike on every rank, for memory is what is summed.
     value = value.detach().clone(memory_format=torch.contiguous_format)
     if world_size() > 1:
@@ -413,11 +413,16 @@ def _raise_on_every_rank(own: BaseException | None, failures: Sequence[_Failure 
 
 
 def broadcast_from_main(value: Tensor | None, device: torch.device | str = "cpu") -> Tensor:
-    """Send rank 0's tensor to every rank. Shape and type travel first, so that the others need not know them."""
+    """Send rank 0's tensor to every rank. Shape and type travel first, so that the others need not know them.
+
+    Args:
+        value: rank 0's. That of other ranks is not looked at.
+        device: to have it on.
+    """
     if world_size() == 1:
         assert value is not None
         return value.to(device)
-    header = [(tuple(value.shape), value.dtype) if value is not None and is_main() else None]
+    header = [(tuple(value.shape), value.dtype) if value is not None else None]
     dist.broadcast_object_list(header, src=0)
     assert header[0] is not None
     shape, dtype = header[0]

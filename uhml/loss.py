@@ -22,7 +22,7 @@ DISTANCE_FLOOR = 1e-3
 PAIRS_AT_ONCE = 2**20
 
 
-def similarity_levels(levels: Tensor, anchors: Tensor, pictures: Tensor) -> Tensor:
+def similarity_levels(levels: Tensor, anchors: Tensor, others: Tensor) -> Tensor:
     """Count the cuts of the hierarchy on which pairs of pictures share a cluster; a picture with itself gets one more.
 
     The cuts are nested, so this is an ultrametric similarity: 0 for pairs that no cut joins, K for those in one
@@ -31,13 +31,13 @@ def similarity_levels(levels: Tensor, anchors: Tensor, pictures: Tensor) -> Tens
     Args:
         levels: ``[K, n]``, cluster of each of n pictures on each cut.
         anchors: ``[a]``, indices of pictures.
-        pictures: ``[b]``, indices of pictures.
+        others: ``[b]``, likewise.
 
     Returns:
         ``[a, b]``, int64, s_ij.
     """
-    shared = (levels[:, anchors, None] == levels[:, None, pictures]).sum(0)
-    return shared + (anchors[:, None] == pictures[None, :])
+    shared = (levels[:, anchors, None] == levels[:, None, others]).sum(0)
+    return shared + (anchors[:, None] == others[None, :])
 
 
 class HierarchicalLogRatioLoss(nn.Module):
@@ -159,21 +159,21 @@ class Batch:
 
     Attributes:
         points: ``[B, d]``, in the order of the ranks, without gradient.
-        pictures: ``[B]``, indices of their pictures.
+        indices: ``[B]``, of their pictures.
         own: ``[b]``, the rows that this rank brought: the anchors that it compares with the whole batch.
     """
 
     points: Tensor
-    pictures: Tensor
+    indices: Tensor
     own: range
 
     @classmethod
-    def over_ranks(cls, points: Tensor, pictures: Tensor) -> "Batch":
+    def over_ranks(cls, points: Tensor, indices: Tensor) -> "Batch":
         """Put together the batch of which this rank brings ``[b, d]`` and ``[b]``. A collective."""
         start = distributed.rank() * len(points)
-        # One message instead of two: the bits of a picture's number travel as one more coordinate of its point.
+        # One message instead of two: the bits of a picture's index travel as one more coordinate of its point.
         number = torch.int32 if points.element_size() == 4 else torch.int64
-        own = torch.cat([points.detach(), pictures.to(number).view(points.dtype)[:, None]], 1)
+        own = torch.cat([points.detach(), indices.to(number).view(points.dtype)[:, None]], 1)
         gathered = distributed.all_gather(own)
         numbers = gathered[:, -1].contiguous().view(number).long()
         return cls(gathered[:, :-1].contiguous(), numbers, range(start, start + len(points)))
@@ -190,7 +190,7 @@ class Batch:
         place = torch.arange(len(self.points), device=self.points.device)
         return Pairs(
             poincare.distance_matrix(self.points[chosen], self.points, curvature),
-            similarity_levels(levels, self.pictures[chosen], self.pictures),
+            similarity_levels(levels, self.indices[chosen], self.indices),
             place[chosen, None] == place,
         )
 

@@ -46,22 +46,18 @@ class ClusterBatches:
         self.clusters_together = clusters_together
         # In this order every cluster of every level is one run of pictures, since the levels are nested.
         self.order = np.lexsort(levels)
-        finest = levels[0][self.order]
-        starts = np.flatnonzero(np.r_[True, finest[1:] != finest[:-1]])
-        self.runs = [
-            np.stack([starts, np.r_[starts[1:], num_pictures]])
-        ]  # per level: [2, clusters of the finest level]
-        for level in levels[1:]:
-            coarse = level[self.order]
-            bounds = np.r_[np.flatnonzero(np.r_[True, coarse[1:] != coarse[:-1]]), num_pictures]
+        starts = _starts_of_runs(levels[0][self.order])
+        # For each cluster of the finest level the run it lies in, on each level and at last among all pictures.
+        self.runs = []  # [2, clusters of the finest level]
+        for level in (*levels, np.zeros(num_pictures)):
+            bounds = np.r_[_starts_of_runs(level[self.order]), num_pictures]
             at = np.searchsorted(bounds, starts, side="right")
             self.runs.append(np.stack([bounds[at - 1], bounds[at]]))
         # Of the finest clusters, those in one cluster of the coarsest level are a run, too: [2, finest clusters].
         _, first, family, count = np.unique(
-            self.runs[-1][0], return_index=True, return_inverse=True, return_counts=True
+            self.runs[-2][0], return_index=True, return_inverse=True, return_counts=True
         )
         self.families = np.stack([first, first + count])[:, family]
-        self.runs.append(np.stack([np.zeros_like(starts), np.full_like(starts, num_pictures)]))
         sizes = self.runs[0][1] - self.runs[0][0]
         self.weights = np.where(sizes > 1, sizes, 0) if (sizes > 1).sum() >= num_clusters else sizes
         # One that brings relatives is drawn so much the less often itself.
@@ -112,3 +108,8 @@ class ClusterBatches:
         """Draw different rows of a run, enough that M of them are free whatever is taken; all of a short run."""
         most = self.num_clusters * self.pictures_per_cluster
         return start + random.choice(end - start, min(most, end - start), replace=False)
+
+
+def _starts_of_runs(values: NDArray[np.generic]) -> NDArray[np.int64]:
+    """Return where runs of equal values begin."""
+    return np.flatnonzero(np.r_[True, values[1:] != values[:-1]])

@@ -81,6 +81,8 @@ def train(config: Config, run_dir: Path, overwrite: bool = False, allow_change: 
         listed = list_pictures(config.data)
         check_batch_fits(len(listed.train), config, distributed.world_size())
         with open_run_dir(run_dir, config, overwrite, allow_change) as run:
+            if device.type == "cuda":
+                logger.info("Training on %s, %s.", device, torch.cuda.get_device_name(device))
             splits = readable_pictures(listed, config.data)
             check_batch_fits(len(splits.train), config, distributed.world_size())
             saved = None if run.checkpoint is None else read_state(run.checkpoint)
@@ -377,14 +379,14 @@ def train_step(
         points = embed_batch(model, micro_batches)
     batch = Batch.over_ranks(points, indices)
     if state.bank is not None:
-        state.bank.update(torch.cat(features), batch.pictures, config.mining.num_views)
+        state.bank.update(torch.cat(features), batch.indices, config.mining.num_views)
     loss, own_loss, gradient = global_loss(loss_function, batch, state.levels, config.model.curvature)
     state.optimizer.zero_grad()
     # Data parallelism averages gradients over ranks, and the loss is a sum over them: hence the world size.
     backward(model, micro_batches, points, distributed.world_size() * gradient, random_before)
     gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.gradient_clip)
     learning_rate = state.optimizer.param_groups[0]["lr"]
-    refuse = functools.partial(refuse_step, run_dir, state, state.step, batch.pictures, random_before, own_loss)
+    refuse = functools.partial(refuse_step, run_dir, state, state.step, batch.indices, random_before, own_loss)
     state.stepper.step(loss, gradient_norm, refuse)
     state.schedule.step()
     state.step += 1

@@ -49,7 +49,7 @@ def assert_little_is_lost(run_dir):
     if done:
         newest = newest_checkpoint(run_dir / "checkpoints")
         assert newest is not None
-        assert int(newest.stem[5:]) >= done - EVERY
+        assert int(newest[0].stem[5:]) >= done - EVERY
 
 
 @RANKS

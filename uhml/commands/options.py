@@ -58,8 +58,8 @@ def opened(source: str, overrides: Sequence[str]) -> Iterator[Trained]:
         trained = load_trained(source)
         config = overridden(trained.config, overrides)
     except UserError as e:
-        # Every rank looks at the same files.
-        raise known_everywhere(e) from e
+        known_everywhere(e)  # as every rank looks at the same files
+        raise
     with (
         interruption.handled(),
         distributed.process_group(config.train.device) as device,

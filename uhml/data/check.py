@@ -80,7 +80,7 @@ def check(config: DataConfig) -> Report:
     """
     with missing_noted() as missing:
         splits = list_pictures(config)
-    parts = _parts(splits)
+    parts = splits.parts
     listed = list(dict.fromkeys(path for part in parts.values() for path in part.paths))
     absent = set(missing)
     present = [path for path in listed if path not in absent]
@@ -113,11 +113,6 @@ def check(config: DataConfig) -> Report:
     ]
     num_to_train = sum(path not in absent | unreadable for path in splits.train.paths)
     return Report(splits, num_to_train, base, findings)
-
-
-def _parts(splits: Splits) -> dict[str, Pictures]:
-    parts = {"train": splits.train, "test": splits.test, "gallery": splits.gallery}
-    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _is_nothing_left(parts: dict[str, Pictures], lost: set[str]) -> bool:
@@ -218,7 +213,7 @@ def relative(item: str | Sequence[str], base: Path) -> Iterator[str]:
 
 def as_json(report: Report) -> dict[str, Any]:
     """Return the report for scripts: numbers of pictures, and every case of every finding by its name."""
-    parts = _parts(report.splits)
+    parts = report.splits.parts
     return {
         "pictures": {name: len(part) for name, part in parts.items()},
         "classes": {name: len(np.unique(p.labels)) for name, p in parts.items() if p.labels is not None},

@@ -48,11 +48,8 @@ def load_splits(name: str, root: Path | None, num_classes: int | None = None) ->
     splits = DATASETS[name](root)
     if num_classes is None:
         return splits
-    return Splits(
-        train=_keep_classes(splits.train, num_classes, "train"),
-        test=None if splits.test is None else _keep_classes(splits.test, num_classes, "test"),
-        gallery=None if splits.gallery is None else _keep_classes(splits.gallery, num_classes, "test"),
-    )
+    said = {"train": "train", "test": "test", "gallery": "test"}  # whose classes the gallery's are
+    return Splits(**{name: _keep_classes(part, num_classes, said[name]) for name, part in splits.parts.items()})
 
 
 def _keep_classes(pictures: Pictures, num_classes: int, part: str) -> Pictures:

@@ -17,6 +17,9 @@ from uhml.data.workers import Loader
 
 Transform = Callable[..., Tensor]
 
+PREFETCHED = 4
+"""Batches of training that each worker makes ahead."""
+
 
 class _Share(Dataset[Tensor]):
     """This rank's share of the pictures, in order."""
@@ -143,7 +146,7 @@ class TrainingBatches:
             _Views(pictures, transform, seed),
             batch_sampler=self._batches,
             num_workers=num_workers,
-            prefetch_factor=4 if num_workers else None,
+            prefetch_factor=PREFETCHED if num_workers else None,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
             generator=_own_generator(),

@@ -85,14 +85,12 @@ def differences(name: str, splits: Splits) -> list[str]:
         A clause for each number that is another: ``["5,863 train pictures instead of 5,864"]``.
     """
     official, said = OFFICIAL[name], []
-    parts = {"train": splits.train, "test": splits.test, "gallery": splits.gallery}
     for part, expected in official.pictures.items():
-        pictures = parts[part]
-        found = 0 if pictures is None else len(pictures)
+        found = len(splits.parts.get(part, ()))
         if found != expected:
             said.append(f"{found:,} {part} pictures instead of {expected:,}")
     for part, expected in zip(("train", "test"), official.classes, strict=True):
-        pictures = parts[part]
+        pictures = splits.parts.get(part)
         found = 0 if pictures is None or pictures.labels is None else len(np.unique(pictures.labels))
         if found != expected:
             said.append(f"{found:,} {part} classes instead of {expected:,}")

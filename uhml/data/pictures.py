@@ -94,6 +94,12 @@ class Splits:
     gallery: Pictures | None = None
     """Where the queries search, with ``test``'s class numbers (In-shop). None: ``test`` searches itself."""
 
+    @property
+    def parts(self) -> dict[str, Pictures]:
+        """Those of "train", "test" and "gallery" that there are."""
+        every = {"train": self.train, "test": self.test, "gallery": self.gallery}
+        return {name: part for name, part in every.items() if part is not None}
+
 
 def _number(names: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     """Return the place of each of ``names`` among the sorted different ones, and these."""

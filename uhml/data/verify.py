@@ -49,8 +49,7 @@ def readable_pictures(splits: Splits, config: DataConfig) -> Splits:
         UserError: the cache cannot be written.
         UnreadablePicture: a picture cannot be read, and ``data.skip_corrupt`` is not set.
     """
-    said = {"train": "train", "test": config.score_on, "gallery": "gallery"}
-    parts = {name: part for name in said if (part := getattr(splits, name)) is not None}
+    parts, said = splits.parts, {"train": "train", "test": config.score_on, "gallery": "gallery"}
     if config.cache is not None:
         found = cache_pictures([part.paths for part in parts.values()], config)
         parts = {name: replace(part, cached=c) for (name, part), c in zip(parts.items(), found, strict=True)}

@@ -194,7 +194,11 @@ class Dendrogram:
         return merges, sizes[leaves].astype(np.int64)
 
     def save(self, path: str | Path) -> None:
-        """Write the tree to ``path`` as an ``.npz`` file: complete, or not at all."""
+        """Write the tree to ``path`` as an ``.npz`` file: complete, or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         with opened_aside(Path(path)) as file:
             np.savez(file, linkage=self._linkage)
 

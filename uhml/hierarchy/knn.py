@@ -61,9 +61,9 @@ def nearest_neighbors(
     return near_ids.int(), geometry.distance(gaps)
 
 
-def search_memory(num_queries: int, num_points: int, points: Tensor, num_neighbors: int) -> int:
-    """Return the bytes that a search among ``num_points`` points like ``points`` takes, beyond the points."""
-    lifted = (points.shape[1] + 2) * points.element_size()
+def search_memory(num_queries: int, num_points: int, d: int, num_neighbors: int, bytes_per_number: int) -> int:
+    """Return the bytes that a search among points ``[num_points, d]`` takes, beyond the points."""
+    lifted = (d + 2) * bytes_per_number
     # Points and their lift, copied once in the order of the search; the rest is blocks, and what is found, twice.
     return num_points * (3 * lifted + 64) + 2**29 + num_queries * num_neighbors * 32
 

@@ -68,7 +68,8 @@ def average_linkage(
     if mode != "graph":
         return _of_all_pairs(points, space, mode)
     n, device = len(points), points.device
-    require(search_memory(n, n, points, num_neighbors) + graph_memory(n, num_neighbors), device, _graph(n), FEWER)
+    needed = search_memory(n, n, points.shape[1], num_neighbors, points.element_size())
+    require(needed + graph_memory(n, num_neighbors), device, _graph(n), FEWER)
     first = first_equal(row_hashes(points))
     ids = torch.arange(n, device=device)
     distinct = (first == ids).nonzero()[:, 0]
@@ -220,7 +221,7 @@ def _neighbors_over_ranks(
     own, device = distributed.share(num_points), own_points.device
     gathers = num_points * own_points.shape[1] * own_points.element_size() <= gather_up_to
     num_searched = num_points if gathers else 2 * len(own)
-    needed = search_memory(len(own), num_searched, own_points, num_neighbors)
+    needed = search_memory(len(own), num_searched, own_points.shape[1], num_neighbors, own_points.element_size())
     needed += max(more_on_main if distributed.is_main() else 0, 12 * num_points * num_neighbors)
     distributed.on_every_rank(lambda: require(needed, device, _graph(num_points), FEWER))
 

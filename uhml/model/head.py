@@ -116,7 +116,7 @@ class HyperbolicHead(nn.Module):
 
     @torch.no_grad()
     def fit(
-        self, init: str, moments: FeatureMoments, start_norm: float, whitening: float = 0.5, ball: str = "the ball"
+        self, init: str, moments: FeatureMoments, start_norm: float, whitening: float, ball: str = "the ball"
     ) -> None:
         """Set the layer's weights, and the mean and scale that go with them. A collective.
 

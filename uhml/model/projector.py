@@ -8,6 +8,9 @@ from uhml.model.head import FeatureMoments, HyperbolicHead
 PROJECTED_DIM = 128
 """Dimensions of the ball that the loss acts in, as of SimCLR's projector; it is not the embedding's."""
 
+WHITENING = 0.5
+"""With which its head begins to learn, whatever ``model.whitening`` says of the head that is deployed."""
+
 
 def projected_dim(num_features: int) -> int:
     """Return the dimensions of the projector's ball behind a backbone of so many features."""
@@ -56,4 +59,4 @@ class Projector(nn.Module):
         """
         self.mean.copy_(mean)
         moments = FeatureMoments.over_ranks(own_features, self.hidden_units)
-        self.head.fit("whitened_pca", moments, start_norm, ball="the projector's ball")
+        self.head.fit("whitened_pca", moments, start_norm, WHITENING, ball="the projector's ball")

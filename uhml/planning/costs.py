@@ -7,9 +7,11 @@ import dataclasses
 import math
 
 from uhml.config import Config
+from uhml.data.loading import PREFETCHED
 from uhml.hierarchy.dense import dense_memory
 from uhml.hierarchy.exact import exact_memory
 from uhml.hierarchy.graph import graph_memory
+from uhml.hierarchy.knn import search_memory
 from uhml.hierarchy.linkage import GATHER_UP_TO
 from uhml.loss import PAIRS_AT_ONCE
 from uhml.metrics import BLOCK_BYTES
@@ -17,6 +19,7 @@ from uhml.model import projected_dim
 from uhml.model.head import ROWS_AT_ONCE
 from uhml.reporting.figures import THUMBNAIL
 from uhml.reporting.projector import MOST
+from uhml.run.reclustering import reclusters_at
 
 HALF, FLOAT, DOUBLE, INT = 2, 4, 8, 8
 # Copies of all thumbnails as floats that torch makes of them on the way to one image.
@@ -24,7 +27,6 @@ SPRITES = 7
 # Bytes of a picture's path as a Python string of some 70 letters, and of what points to it.
 NAME = 130
 # Batches that each worker process of a training loader has ready.
-PREFETCHED = 4
 # Approximate search against exact search of a million points, and how it grows: tests/benchmarks/hierarchy.py.
 APPROXIMATE_GAIN_AT_MILLION = 37
 APPROXIMATE_GROWTH = 1.5
@@ -170,6 +172,11 @@ class Memory:
     reused: bool
 
     @property
+    def greatest(self) -> str:
+        """Name of the phase that takes most besides what stays."""
+        return max(("step", "embedding", "clustering", "evaluation"), key=lambda name: getattr(self, name))
+
+    @property
     def peak(self) -> int:
         """At the worst moment."""
         others = max(self.embedding, self.clustering, self.evaluation)
@@ -178,8 +185,8 @@ class Memory:
 
 def num_hierarchies(config: Config) -> int:
     """Return how often the pictures are clustered: at every so many steps, if any step learns of it, and at the end."""
-    num_steps, options = config.train.num_steps, config.hierarchy
-    return math.ceil(max(num_steps - options.overlap_steps, min(num_steps, 1)) / options.recluster_every) + 1
+    steps = range(0, config.train.num_steps, config.hierarchy.recluster_every)
+    return sum(step == 0 or reclusters_at(step, config) for step in steps) + 1
 
 
 def num_overlapped(config: Config) -> int:
@@ -310,8 +317,7 @@ def _clustering(config: Config, n: int, own: int, rank: int) -> int:
     options, d = config.hierarchy, config.model.embedding_dim
     if options.mode == "graph":
         searched = n if gathers(config, n) else 2 * own
-        # Points and their lift, copied once; blocks; what is found, twice (uhml.hierarchy.knn.search_memory).
-        search = searched * (3 * (d + 2) * FLOAT + 64) + 2**29 + own * options.num_neighbors * 32
+        search = search_memory(own, searched, d, options.num_neighbors, FLOAT)
         edges = graph_memory(n, options.num_neighbors) if rank == 0 else 12 * n * options.num_neighbors
         return searched * d * FLOAT + search + edges
     if rank > 0:

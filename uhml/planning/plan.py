@@ -164,7 +164,7 @@ def _why_memory(plan: Plan, machine: Machine, measured: Calibration) -> str:
 
         return step * greatest(lambda i: fits(i * step), now // step)
 
-    phase = max(("step", "embedding", "clustering", "evaluation"), key=lambda name: getattr(memory, name))
+    phase = memory.greatest
     options = config.hierarchy
     if phase == "step":
         cluster = config.mining.pictures_per_cluster * config.mining.num_views
@@ -324,9 +324,9 @@ def _limits(config: Config, sizes: Sizes, ranks: Ranks, machine: Machine, measur
     memory = costs.memory(
         config, dataclasses.replace(sizes, train=most), ranks, measured.network, rank=0, on_gpu=machine.on_gpu
     )
-    phase = max(("step", "embedding", "clustering", "evaluation"), key=lambda name: getattr(memory, name))
     if most:
-        found.append(f"Rank 0 has the memory for {most:,} training pictures; what limits them is its {phase}.")
+        limit = memory.greatest
+        found.append(f"Rank 0 has the memory for {most:,} training pictures; what limits them is its {limit}.")
     return found
 
 

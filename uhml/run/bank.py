@@ -30,19 +30,19 @@ class FeatureBank:
         """``[len(share(n)), num_features]`` float16, of this rank's pictures."""
         return self._rows[:-1]
 
-    def update(self, features: Tensor, pictures: Tensor, num_views: int) -> None:
+    def update(self, features: Tensor, indices: Tensor, num_views: int) -> None:
         """Take in the features of a global batch. A collective, which waits for no GPU.
 
         Args:
             features: ``[b, num_features]``, of this rank's rows of the batch.
-            pictures: ``[B]``, the pictures of all rows; the views of one lie side by side, and none is there again.
+            indices: ``[B]``, of the pictures of all rows; the views of one lie side by side, and none is there again.
             num_views: of each picture.
         """
         views = distributed.all_gather(_half(features))
         means = views.unflatten(0, (-1, num_views)).float().mean(1)
-        pictures, world = pictures[::num_views], distributed.world_size()
-        is_own = pictures % world == distributed.rank()
-        self._rows[torch.where(is_own, pictures // world, len(self._rows) - 1)] = _half(means)
+        indices, world = indices[::num_views], distributed.world_size()
+        is_own = indices % world == distributed.rank()
+        self._rows[torch.where(is_own, indices // world, len(self._rows) - 1)] = _half(means)
 
 
 @contextlib.contextmanager

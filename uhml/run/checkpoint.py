@@ -105,8 +105,8 @@ def read_exported(path: Path) -> dict[str, Any]:
     return state
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that is whole; None where there is no checkpoint at all.
+def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest checkpoint that is whole, and what it holds; None where there is no checkpoint at all.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
@@ -114,11 +114,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
     paths = _newest_first(folder)
     for path in paths:
         try:
-            read_file(path)
+            return path, read_file(path)
         except DamagedFile as e:
             logger.warning("%s is damaged, and passed over (%s).", path, e)
-        else:
-            return path
     if paths:
         raise UserError(f"All {len(paths)} checkpoints in {folder} are damaged.")
     return None
@@ -142,20 +140,21 @@ def find_checkpoint(source: str, name: str) -> tuple[Path, dict[str, Any]]:
     Raises:
         UserError: no checkpoint there.
     """
-    path: Path | None = Path(source).expanduser()
-    assert path is not None
+    path = Path(source).expanduser()
     if path.is_dir() and (path / EXPORTED).is_file():
         path = path / EXPORTED
-    elif path.is_dir():
-        path = newest_checkpoint(path / "checkpoints")
-        if path is None:
+    if path.is_dir():
+        newest = newest_checkpoint(path / "checkpoints")
+        if newest is None:
             raise UserError(f"{name}{source}: the folder holds no checkpoints/step-*.pt.")
-    if not path.is_file():
+        path, state = newest
+    elif path.is_file():
+        try:
+            state = read_exported(path) if path.suffix == ".safetensors" else read_file(path)
+        except DamagedFile as e:
+            raise UserError(f"{name}{path} is damaged or no checkpoint of uhml.") from e
+    else:
         raise UserError(f"{name}{source}: no such checkpoint.")
-    try:
-        state = read_exported(path) if path.suffix == ".safetensors" else read_file(path)
-    except DamagedFile as e:
-        raise UserError(f"{name}{path} is damaged or no checkpoint of uhml.") from e
     if not isinstance(state, dict) or "model" not in state:
         raise UserError(f"{name}{path} is damaged or no checkpoint of uhml.")
     return path, state

@@ -17,7 +17,7 @@ def refuse_step(
     run_dir: Path,
     state: TrainingState,
     step: int,
-    pictures: Tensor,
+    indices: Tensor,
     random_before: dict[str, Any],
     own_loss: Tensor,
     loss: float,
@@ -34,7 +34,7 @@ def refuse_step(
         run_dir: gets the file.
         state: with the weights of before the step, which it may count as taken.
         step: steps taken before.
-        pictures: ``[B]``, of the global batch.
+        indices: ``[B]``, of the pictures of the global batch.
         random_before: this rank's :func:`uhml.run.random_state.random_state` before the step.
         own_loss: this rank's part of the loss.
         loss: of the global batch.
@@ -45,7 +45,7 @@ def refuse_step(
     path = run_dir / f"nan-step-{step:08d}.pt"
     reproducer = {
         "step": step,
-        "pictures": pictures.cpu(),
+        "pictures": indices.cpu(),
         "levels": state.levels.cpu(),
         "model": state.model.state_dict(),
         "random_states": distributed.gather_objects(random_before),

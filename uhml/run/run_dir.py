@@ -113,12 +113,14 @@ def _prepare(
         if not overwrite and (run_dir / "result.json").exists():
             raise UserError(f"{run_dir} holds a finished run: name another folder by --run-dir, or add --overwrite.")
         try:
-            checkpoint = None if overwrite else newest_checkpoint(run_dir / "checkpoints")
+            newest = None if overwrite else newest_checkpoint(run_dir / "checkpoints")
+            checkpoint = None if newest is None else newest[0]
         except UserError as e:
             raise UserError(f"{e} Begin anew with --overwrite.") from e
+        before = None if overwrite else read_status(run_dir)
         if checkpoint is None:
-            # An earlier launch may have ended before there was anything to go on from.
-            _empty(run_dir, keep=(LOCK, LAUNCH, STATUS, "logs"))
+            # An earlier launch may have ended before there was anything to go on from: what it said stays.
+            _empty(run_dir, keep=(LOCK, LAUNCH) if overwrite else (LOCK, LAUNCH, STATUS, "logs"))
         else:
             # Which was right for the ranks that there were.
             refuse_changes(load_config(run_dir / "config.yaml", num_ranks=1), config, allow_change)
@@ -128,9 +130,6 @@ def _prepare(
             later = [path for path in run_dir.glob(f"{HIERARCHIES}/*.npz") if path.stem > checkpoint.stem]
             for path in (*later, *(path for part in UNFINISHED for path in run_dir.glob(part))):
                 path.unlink()
-        before = None if overwrite else read_status(run_dir)
-        if overwrite:
-            _empty(run_dir, keep=(LOCK, LAUNCH))
         for name in ("checkpoints", HIERARCHIES, "logs"):
             (run_dir / name).mkdir(exist_ok=True)
         if checkpoint is None:

@@ -35,7 +35,7 @@ class RunStatus:
     restarts: int
     """How often the run was started again."""
     seconds_per_step: float | None
-    """Recent, re-clustering and saving not counted; None before the second step of a launch."""
+    """Recent, re-clustering not counted; None before the second step of a launch."""
     updated_at: str
     """UTC, ISO 8601."""
     started_at: str

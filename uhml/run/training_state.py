@@ -198,7 +198,11 @@ class TrainingState:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read a checkpoint on every rank. A collective."""
+    """Read a checkpoint on every rank. A collective.
+
+    Raises:
+        UserError: some rank cannot read it.
+    """
 
     def read() -> dict[str, Any]:
         try:
@@ -211,7 +215,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def fingerprint(splits: Splits) -> list[tuple[int, str]]:
     """Return number and digest of the names of each part's pictures, wherever they lie."""
-    parts = [list(absolute(part.paths)) for part in (splits.train, splits.test, splits.gallery) if part is not None]
+    parts = [list(absolute(part.paths)) for part in splits.parts.values()]
     root = common_folder(itertools.chain(*parts))
     return [
         (len(paths), hashlib.sha256(os.fsencode("\n".join(path[len(root) :] for path in paths))).hexdigest())

@@ -18,7 +18,7 @@ function takeBytes(element) {
   return bytes;
 }
 
-const arrayTypes = { float32: Float32Array, int32: Int32Array, uint16: Uint16Array };
+const arrayTypes = { float32: Float32Array, int32: Int32Array };
 
 /** All arrays of the page by name, as {data, columns}. */
 async function readArrays() {
