@@ -152,7 +152,7 @@ class ModelConfig:
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the backbone in training steps. The ball's arithmetic is always float32. bfloat16 is for GPUs: on a
-    CPU its steps are slower."""
+    CPU its steps are slower. On GPUs float32 is what PyTorch takes it for: convolutions may be in TF32."""
 
     inference_precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the backbone where pictures are only embedded: for clustering and evaluation. bfloat16 is faster on
