@@ -13,8 +13,8 @@ from rich.table import Table
 from launch.overview import View, look, readable
 from launch.record import SweepRecord, read_record
 from uhml.console import console
-from uhml.errors import UserError, did_you_mean
-from uhml.reporting.runs import SEED, Spread
+from uhml.errors import UserError
+from uhml.reporting.runs import SEED, Spread, no_such_run
 
 EXAMPLES = """\
 examples:
@@ -74,8 +74,7 @@ def existing_run(folder: Path) -> View:
         return view
     if folder.is_dir():
         raise UserError(f"{folder} holds no run.")
-    siblings = [path.name for path in folder.absolute().parent.glob("*") if path.is_dir()]
-    raise UserError(f"There is no run {folder}.{did_you_mean(folder.name, siblings)}")
+    raise no_such_run(folder)
 
 
 def _table(views: Sequence[View]) -> Table:

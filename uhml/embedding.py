@@ -130,7 +130,7 @@ def embed_to_file(
     features: bool = False,
     skip_corrupt: bool = False,
     overwrite: bool = False,
-) -> list[str]:
+) -> int:
     """Embed pictures into a file; go on where an earlier call with the same arguments stopped. A collective.
 
     Memory does not grow with the pictures, but for their names.
@@ -144,7 +144,7 @@ def embed_to_file(
         overwrite: begin anew where an earlier call with other arguments has not ended.
 
     Returns:
-        Why pictures were left out, a sentence for each.
+        The number of rows; the log names the pictures that were left out.
 
     Raises:
         Preempted: a signal asked for it. All is kept to go on, as it is after an error.
@@ -185,7 +185,12 @@ def embed_to_file(
                 raise known_everywhere(UnreadablePicture(f"{reason} {remedy}"))
             distributed.on_main(functools.partial(Unfinished.append, file, rows, reasons), interruptible=False)
         distributed.on_main(lambda: file.finish(out), interruptible=False)
-    return distributed.from_main(lambda: [reason for _, reason in file.left_out])
+    left_out = distributed.from_main(lambda: [reason for _, reason in file.left_out])
+    if left_out:
+        logger.warning("Left out %d pictures that cannot be read, the first: %s", len(left_out), left_out[0])
+        for reason in left_out[1:]:
+            logger.info("left out: %s", reason)
+    return len(pictures) - len(left_out)
 
 
 def what_rows_depend_on(trained: Trained, pictures: Pictures) -> dict[str, str]:

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
 
         distributed.on_main(check)
         pictures = distributed.on_every_rank(lambda: list_images(args.images))
-        left_out = embed_to_file(
+        num_rows = embed_to_file(
             trained,
             pictures,
             out,
@@ -79,9 +79,5 @@ def run(args: argparse.Namespace) -> None:
             skip_corrupt=args.skip_corrupt or trained.config.data.skip_corrupt,
             overwrite=args.overwrite,
         )
-        if left_out:
-            logger.warning("Left out %d pictures that cannot be read, the first: %s", len(left_out), left_out[0])
-            for reason in left_out[1:]:
-                logger.info("left out: %s", reason)
         if distributed.is_main():
-            logger.info("%s: vectors of %s pictures.", out, f"{len(pictures) - len(left_out):,}")
+            logger.info("%s: vectors of %s pictures.", out, f"{num_rows:,}")

@@ -62,6 +62,12 @@ class RunRecord:
     loss: Curve
 
 
+def no_such_run(folder: Path) -> UserError:
+    """Return the error of a folder that is not there, with the one that may be meant."""
+    siblings = [path.name for path in folder.absolute().parent.glob("*") if path.is_dir()]
+    return UserError(f"There is no run {folder}.{did_you_mean(folder.name, siblings)}")
+
+
 def read_run(folder: Path) -> RunRecord:
     """Read what a run has left so far.
 
@@ -69,8 +75,7 @@ def read_run(folder: Path) -> RunRecord:
         UserError: there is no run in the folder, or a file of it is damaged.
     """
     if not folder.is_dir():
-        siblings = [path.name for path in folder.absolute().parent.glob("*") if path.is_dir()]
-        raise UserError(f"There is no run {folder}.{did_you_mean(folder.name, siblings)}")
+        raise no_such_run(folder)
     if not (folder / "config.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder} holds no run: config.yaml or metrics.jsonl is missing.")
     records = _read_metrics(folder / "metrics.jsonl")

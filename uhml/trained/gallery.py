@@ -51,8 +51,6 @@ def embedded_gallery(trained: Trained, pictures: Pictures, folder: Path, *, skip
     if distributed.from_main(is_stale):
         if distributed.is_main():
             logger.info("Embedding %s pictures, to be kept in %s.", f"{len(pictures):,}", folder)
-        left_out = embed_to_file(trained, pictures, file, skip_corrupt=skip_corrupt, overwrite=True)
-        if left_out:
-            logger.warning("Left out %d pictures that cannot be read, the first: %s", len(left_out), left_out[0])
+        embed_to_file(trained, pictures, file, skip_corrupt=skip_corrupt, overwrite=True)
         distributed.on_main(lambda: write_whole(folder / "key.json", json.dumps(key)))
     return distributed.on_every_rank(lambda: read_vectors(file))
