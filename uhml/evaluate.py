@@ -1,6 +1,7 @@
 """Score a network on the classes it never saw: on the whole while it trains, and class by class afterwards."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -27,17 +28,12 @@ def score_unseen(model: Embedder, splits: Splits, config: Config) -> dict[str, S
     """
     if splits.test is None:
         return None
-    queries = _features(model, splits.test, config, config.data.score_on)
-    gallery = None if splits.gallery is None else _features(model, splits.gallery, config, "gallery")
-    cosine, ball = Geometry("cosine"), Geometry("poincare", config.model.curvature)
     recall_at, seed = config.eval.recall_at, config.train.seed
-    backbone = score(queries, gallery, cosine, recall_at, seed)
-    queries, gallery = _points(model, queries), None if gallery is None else _points(model, gallery)
-    return {
-        "backbone": backbone,
-        "ball": score(queries, gallery, ball, recall_at, seed),
-        "cosine": score(queries, gallery, cosine, recall_at, seed),
-    }
+    scores = {}
+    for name, geometry, queries, gallery in _embedded(model, splits, config):
+        scores[name] = score(queries, gallery, geometry, recall_at, seed)
+    # Of the ball, which came last.
+    return scores | {"cosine": score(queries, gallery, Geometry("cosine"), recall_at, seed)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +77,9 @@ def evaluate(model: Embedder, splits: Splits, config: Config, num_neighbors: int
         config: for everything else.
         num_neighbors: k.
     """
-    assert splits.test is not None
-    queries = _features(model, splits.test, config, config.data.score_on)
-    gallery = None if splits.gallery is None else _features(model, splits.gallery, config, "gallery")
     recall_at, seed = tuple(sorted({1, *config.eval.recall_at})), config.train.seed
     scores, ami = {}, {}
-    for name, geometry in (("backbone", Geometry("cosine")), ("ball", Geometry("poincare", config.model.curvature))):
-        if name == "ball":
-            queries, gallery = _points(model, queries), None if gallery is None else _points(model, gallery)
+    for name, geometry, queries, gallery in _embedded(model, splits, config):
         recall, average_precision = retrieval(queries, gallery, geometry, recall_at)
         clusters = kmeans_clusters(queries, geometry, seed)
         scores[name] = mean_scores(recall, average_precision, recall_at, queries.labels, clusters)
@@ -209,6 +200,18 @@ def confusions(labels: NDArray[np.int64], nearest: NDArray[np.int64]) -> list[Co
         for (a, b), example, count in zip(pairs, first, counts, strict=True)
     ]
     return sorted(found, key=lambda pair: (-pair.share, -pair.pictures, pair.label, pair.taken_for))
+
+
+def _embedded(
+    model: Embedder, splits: Splits, config: Config
+) -> Iterator[tuple[str, Geometry, Embedded, Embedded | None]]:
+    """Yield what there is to score, its queries and its gallery: "backbone" by cosine, and "ball" by its distance."""
+    assert splits.test is not None
+    queries = _features(model, splits.test, config, config.data.score_on)
+    gallery = None if splits.gallery is None else _features(model, splits.gallery, config, "gallery")
+    yield "backbone", Geometry("cosine"), queries, gallery
+    queries, gallery = _points(model, queries), None if gallery is None else _points(model, gallery)
+    yield "ball", Geometry("poincare", config.model.curvature), queries, gallery
 
 
 def _features(model: Embedder, pictures: Pictures, config: Config, name: str) -> Embedded:
