@@ -45,6 +45,20 @@ def distances(x, y, geometry):
     return np.arccosh(1 + 2 * c * squares / (room_x[:, None] * room_y[None])) / math.sqrt(c)
 
 
+@pytest.mark.parametrize("curvature", [0.0, 0.1])
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (1e-6, 0.0), (1e-9, 0.0), (1.0, 1e3)])
+def test_small_and_far_rows_are_told_apart(curvature, scale, offset):
+    if offset and curvature:
+        return  # outside the ball
+    embedded = pictures(200, 8, 0, duplicates=0)
+    geometry = Geometry("poincare", curvature)
+    there = Embedded(embedded.rows.double() * scale + offset, embedded.labels)
+    expected = retrieval(embedded, None, Geometry("poincare", 0.0), RECALL_AT)[0]
+    agrees = retrieval(there, None, geometry, RECALL_AT)[0] == expected
+    # The ball's distances are those of flat space only where it is small.
+    assert agrees.double().mean() > (0.9 if scale == 1 and curvature else 0.999)
+
+
 def brute_force(queries, gallery, geometry):
     """Hits at each K, and average precision at R, query by query, by sorting; equal distances in order of index."""
     references = gallery or queries

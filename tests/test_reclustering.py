@@ -14,15 +14,17 @@ from torch import nn
 
 import uhml.train
 from uhml import distributed
-from uhml.config import Config, HierarchyConfig, TrainConfig, load_config
+from uhml.config import Config, HierarchyConfig, TrainConfig, load_config, parse_config
+from uhml.data.pictures import Pictures, Splits
 from uhml.data.verify import list_pictures
 from uhml.errors import UserError
 from uhml.hierarchy import average_linkage
 from uhml.loss import HierarchicalLoss
+from uhml.model import Embedder, HyperbolicHead
 from uhml.run.bank import FeatureBank, features_seen
 from uhml.run.checkpoint import read_file
 from uhml.run.reclustering import linkage_options, next_levels_at, reclusters_at
-from uhml.run.training_state import TrainingState
+from uhml.run.training_state import TrainingState, read_state
 from uhml.train import batches_left, build_model, fit_head, start_head, train, train_step
 
 NUM_STEPS, EVERY, OVERLAP = 9, 3, 2
@@ -99,6 +101,35 @@ def test_what_is_too_large_for_the_bank_stays_finite(dtype):
     bank.update(torch.tensor([[1e6, -1e6, 1.0], [7e4, 0.0, torch.nan]], dtype=dtype), torch.arange(2), 1)
     expected = torch.tensor([[65504.0, -65504.0, 1.0], [65504.0, 0.0, torch.nan]]).half()
     torch.testing.assert_close(bank.own, expected, equal_nan=True, rtol=0, atol=0)
+
+
+def test_the_bank_outlives_a_launch_that_ends_before_its_first_levels(tmp_path):
+    """As one does whose hierarchy was changed: it clusters the bank anew, after a checkpoint without levels."""
+    splits = Splits(train=Pictures(paths=tuple(f"/x/{i}.jpg" for i in range(8))))
+
+    def new_state(cuts):
+        options = {"hierarchy": {"features": "bank", "cuts": cuts}, "model": {"embedding_dim": 4}}
+        model = Embedder(nn.Flatten(), HyperbolicHead(4, 4, 0.1, 2.3), None, "float32", "float32")
+        return TrainingState(model, splits, parse_config(options, "a test"))
+
+    def saved():
+        return read_state(max((tmp_path / "checkpoints").iterdir()))
+
+    (tmp_path / "checkpoints").mkdir()
+    first, changed, again, begun = (new_state(cuts) for cuts in ([0.9], [0.5], [0.5], [0.9]))
+    first.step, first.levels = 100, torch.zeros(1, 8, dtype=torch.int32)
+    first.bank = FeatureBank(torch.full((8, 4), 7.0))
+    first.save(tmp_path, dict)
+    changed.load(saved())
+    assert changed.levels is None
+    changed.save(tmp_path, dict)
+    again.load(saved())
+    assert torch.equal(again.bank.own, first.bank.own)
+    # Of step 0 it is made again.
+    again.step = 0
+    again.save(tmp_path, dict)
+    begun.load(read_state(tmp_path / "checkpoints" / "step-00000000.pt"))
+    assert begun.bank is None
 
 
 def test_features_are_seen_without_gradient_and_only_within():

@@ -466,6 +466,22 @@ def test_the_first_and_the_last_step_are_always_logged(shapes, config, tmp_path)
     assert all(np.isfinite(line["loss"]) for line in figures(tmp_path / "run", "train"))
 
 
+def test_the_last_step_before_other_levels_is_reproduced_by_its_own(shapes, config, tmp_path, monkeypatch):
+    true_loss, calls = uhml.train.global_loss, []
+
+    def broken(*arguments):
+        calls.append(1)
+        found = true_loss(*arguments)
+        return found._replace(loss=found.loss * torch.nan) if len(calls) == 3 else found
+
+    monkeypatch.setattr(uhml.train, "global_loss", broken)
+    run_dir = tmp_path / "run"
+    assert run(config, shapes, run_dir, "hierarchy.overlap_steps=1") == 2  # other levels from step 3 on
+    left = torch.load(run_dir / "nan-step-00000002.pt", weights_only=True)["levels"]
+    assert torch.equal(left, Dendrogram.load(run_dir / "hierarchies/step-00000000.npz").cut(counts=[12, 6, 3]))
+    assert not (run_dir / "hierarchies/step-00000002.npz").exists()
+
+
 def test_nan_stops_before_the_step_and_leaves_what_reproduces_it(shapes, config, tmp_path, caplog):
     run_dir = tmp_path / "run"
     # One step of this length throws the weights so far that the next one's loss overflows.

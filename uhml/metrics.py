@@ -17,9 +17,10 @@ from torch import Tensor
 
 from uhml import distributed, poincare
 from uhml.hierarchy.geometry import Geometry, polar
+from uhml.hierarchy.search import extremes, magnitude
 
-# Gaps are rounded to multiples of this share of the lengths of the vectors whose product they are; the rounding of such
-# a product in float64 stays far below. Near the ball's edge the vectors are long.
+# Gaps are rounded to multiples of this share of the terms that they are sums of; the rounding of such a sum in float64
+# stays far below. Near the ball's edge the terms are large.
 TIE = 2.0**-40
 # Bytes of a block of the distance matrix.
 BLOCK_BYTES = 2**27
@@ -113,7 +114,7 @@ def retrieval(
 
     points, reference_points = _points(geometry, queries.rows, references.rows)
     lifted = geometry.lift(reference_points)
-    longest = lifted.norm(dim=1).max()
+    greatest = extremes(lifted)
     depth = min(len(lifted) - int(within), max(*recall_at, int(relevant.max())))
     own = torch.tensor(distributed.share(num_queries), device=device, dtype=torch.int64)
     recall = torch.zeros(len(own), len(recall_at), dtype=torch.bool, device=device)
@@ -124,7 +125,7 @@ def retrieval(
         gaps = products_with @ lifted.T
         if within:
             gaps[torch.arange(len(rows), device=device), rows] = torch.inf
-        tie = TIE * longest * products_with.norm(dim=1, keepdim=True)
+        tie = (TIE * magnitude(products_with, greatest)).clamp_min(torch.finfo(torch.float64).tiny)[:, None]
         hits = reference_labels[_smallest(gaps, tie, depth)] == labels[rows, None]
         recall[block] = torch.stack([hits[:, :k].any(1) for k in recall_at], 1)
         average_precision[block] = _average_precision_at_r(hits, relevant[rows])

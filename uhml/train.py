@@ -294,6 +294,7 @@ def cluster_in_background(state: TrainingState, pictures: Pictures, background: 
 
 def swap_hierarchy(state: TrainingState, run: OpenRun, report: Reporter, background: Background) -> None:
     """Wait for the pending clustering, however far it is: other levels at another step would make another run."""
+    state.stepper.settle()  # a step that must be refused is reproduced by the levels that it learned from
     run.status.phase("cluster")
     take_hierarchy(state, distributed.on_main(background.result), run, report)
 

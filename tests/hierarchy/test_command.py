@@ -106,6 +106,7 @@ def test_quality():
     assert quality.agreement(clusters, labels.numpy()) == pytest.approx((1, 1, 1))
     assert quality.agreement(torch.zeros(400, dtype=torch.int32), labels.numpy()).purity < 0.5
     assert quality.sizes(torch.tensor([0, 1, 1, 2, 2, 2])) == (3, 1, 2, 3)
+    assert quality.sizes(torch.tensor([0, 1, 1, 1])) == (2, 1, 2, 3)
     space = Geometry("euclidean")
     ours = quality.silhouette(x, clusters, space)
     # The mean squared distance to a cluster is what cluster means give, so that is scikit-learn's metric here.

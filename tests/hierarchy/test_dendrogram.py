@@ -82,6 +82,8 @@ def test_quantiles_tell_apart_the_merges_of_a_graphs_parts():
         {"counts": [3], "heights": [1.0]},
         {"counts": [0]},
         {"counts": [2.5]},
+        {"counts": [float("nan")]},
+        {"counts": [float("inf")]},
         {"counts": []},
         {"quantiles": [1.5]},
         {"quantiles": [float("nan")]},

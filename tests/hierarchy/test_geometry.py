@@ -72,7 +72,14 @@ def test_what_is_refused(embeddings, geometry, message):
 
 def test_large_finite_rows_are_no_infinity():
     x = torch.full((2, 4), 3e38)
-    assert Geometry("cosine").points(x).isfinite().all()
+    assert torch.equal(Geometry("cosine").points(x), torch.full((2, 4), 0.5))
+
+
+def test_rows_of_any_length_have_unit_cosine_points():
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    for scale in (1e-40, 1e-20, 1.0, 3.0, 3e37):
+        points = Geometry("cosine").points(x * scale).double()
+        torch.testing.assert_close(points.norm(dim=1), torch.ones(50).double(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from reference import CURVATURE, ball, brute_neighbors, distances, mixture
 
-from uhml.hierarchy import search
+from uhml.hierarchy import knn, search
 from uhml.hierarchy.geometry import GEOMETRIES, Geometry
 from uhml.hierarchy.knn import nearer, nearest_neighbors
 
@@ -63,6 +63,67 @@ def test_exact_where_rounding_of_products_is_as_large_as_gaps(spread, n):
         w = space.weights(x)
         true = brute_neighbors(space.gap(x[:, None], x[None], w[:, None], w[None]), 2)
         assert torch.equal(nearest_neighbors(x, torch.arange(n), x, torch.arange(n), 2, space)[0].long(), true)
+
+
+def brute(x, k, space):
+    points = space.points(x)
+    w = space.weights(points)
+    return brute_neighbors(space.gap(points[:, None], points[None], w[:, None], w[None]), k)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("name", ["equal rows", "one-hot rows", "corners of a cube"])
+def test_of_many_that_are_equally_far_the_first_are_taken(name, geometry, dtype):
+    rows = {
+        "equal rows": torch.full((60, 3), 0.25),
+        "one-hot rows": 0.5 * torch.eye(60),
+        "corners of a cube": 0.25 * (torch.cartesian_prod(*[torch.arange(2)] * 8) * 2.0 - 1),
+    }
+    x, space = rows[name].to(dtype), Geometry(geometry, CURVATURE)
+    points, ids = space.points(x), torch.arange(len(x))
+    expected = brute(x, 5, space)
+    assert torch.equal(neighbors(x, 5, geometry)[0].long(), expected)
+    # Whichever ranks do it.
+    for rank in range(3):
+        own = ids[rank::3]
+        found, _ = nearest_neighbors(points[own], own, points, ids, 5, space)
+        assert torch.equal(found.long(), expected[own])
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_exact_where_float64_products_are_noise(geometry):
+    x = (torch.eye(3).double().repeat(100, 1) + 1e-9 * ball(1, 300, d=3).double()) / 2
+    space = Geometry(geometry, CURVATURE)
+    assert torch.equal(neighbors(x, 5, geometry)[0].long(), brute(x, 5, space))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("geometry", ["euclidean", "poincare"])
+def test_exact_where_products_underflow(geometry):
+    x = 1e-22 * torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
+    found, space = neighbors(x, 3, geometry)[0].long(), Geometry(geometry, CURVATURE)
+    assert torch.equal(found, brute(x, 3, space))
+
+
+def test_what_is_equally_far_is_not_looked_at_without_end(monkeypatch):
+    monkeypatch.setattr(knn, "MOST_CANDIDATES", 40)
+    monkeypatch.setattr(knn, "WIDENED_AT_ONCE", 200)
+    most = []
+    searches = knn.exact_search
+
+    def noted(lifted):
+        search = searches(lifted)
+        return lambda polars, k: (most.append(k * len(polars)) or most.append(k), search(polars, k))[1]
+
+    monkeypatch.setattr(knn, "exact_search", noted)
+    ids, found = neighbors(torch.full((300, 3), 0.25).double(), 3, "poincare")
+    assert (found == 0).all()
+    assert (ids != torch.arange(300)[:, None]).all()
+    assert max(most[3::2]) <= 80
+    assert max(most[2::2]) <= 200
 
 
 def test_a_row_is_left_out_by_its_number():

@@ -302,6 +302,25 @@ def test_exact_where_rounding_of_products_is_as_large_as_gaps(seed):
     np.testing.assert_allclose(found - 1, expected - 1, rtol=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1e-150, 1e-30, 1.0, 1e17, 1e30, 1e100])
+def test_exact_trees_do_not_depend_on_the_unit(scale):
+    x = mixture(3, 120)[0].double()
+    expected = scipy.cluster.hierarchy.linkage(
+        squareform(torch.cdist(x, x).square().fill_diagonal_(0).numpy(), checks=False), "average"
+    )
+    found = average_linkage(x * scale, mode="exact", geometry="euclidean").to_scipy()
+    found[:, 2] /= scale**2
+    assert_same_tree(found, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("curvature", [1e-18, 1e-12, 0.1])
+def test_exact_trees_are_in_order_where_the_heights_are_one_number(curvature):
+    x = mixture(4, 120)[0]
+    expected = average_linkage(x, mode="exact", geometry="euclidean").cut(counts=[60, 12])
+    found = average_linkage(x / x.norm(dim=1).max() * 1e-3, mode="exact", curvature=curvature).cut(counts=[60, 12])
+    assert torch.equal(found, expected)
+
+
 def test_products_are_true_float32_whatever_training_allows(monkeypatch):
     x, precisions = mixture(8, 1000)[0], set()
     expected = average_linkage(x, mode="exact").to_scipy()

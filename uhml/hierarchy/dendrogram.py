@@ -1,5 +1,6 @@
 """The tree that hierarchical clustering builds, and its cuts."""
 
+import math
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,7 +133,7 @@ class Dendrogram:
             )
         num_merges = len(self._linkage)
         if counts is not None:
-            if any(count < 1 or count != int(count) for count in counts):
+            if any(not (math.isfinite(count) and count >= 1 and count == int(count)) for count in counts):
                 raise UserError(f"counts={list(counts)} must be whole numbers of clusters, 1 or more.")
             made = [num_merges - min(int(count), self.num_points) + 1 for count in counts]
         elif quantiles is not None:

@@ -1,6 +1,7 @@
 """Exact average linkage over all pairs, from cluster means alone: O(n d) memory, no n x n matrix."""
 
 import logging
+import math
 from collections.abc import Iterator
 
 import torch
@@ -44,13 +45,17 @@ def exact_linkage(points: Tensor, geometry: Geometry) -> Dendrogram:
     points = points.double()
     if geometry.c == 0:
         points = points - points.mean(0)  # gaps stay, and cancel least near the origin
+    # Searches are in float32, in which FAR must be far. A power of two changes no digit.
+    unit = 2.0 ** math.floor(math.log2(float(points.abs().max()) or 1.0)) if geometry.c == 0 else 1.0
+    points = points / unit
     first = first_equal(row_hashes(points))
     names = (first == torch.arange(len(first), device=first.device)).nonzero()[:, 0]
     rounds = merge_nearest(geometry.lift(points[names]), first.bincount(minlength=len(first))[names], names)
     merges = [merge_equal(first), *reported(rounds, len(names), "exact linkage")]
-    return Dendrogram.from_merges(
-        [merge._replace(heights=geometry.mean_dissimilarity(merge.heights)) for merge in merges]
-    )
+    linkage = Dendrogram.from_merges([merge._replace(heights=merge.heights * unit**2) for merge in merges]).to_scipy()
+    # In order by their gaps, of which the smallest are one dissimilarity.
+    linkage[:, 2] = geometry.mean_dissimilarity(torch.from_numpy(linkage[:, 2].copy())).numpy()
+    return Dendrogram(linkage)
 
 
 @true_float32()

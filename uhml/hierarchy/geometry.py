@@ -130,7 +130,9 @@ class Geometry:
             return rows
         if self.name == "cosine":
             refuse(norms == 0, "is zero and has no cosine with anything: drop it or use another geometry")
-            return rows / norms[:, None].to(rows.dtype)
+            # First by a power of two, which changes no digit: the norm of the longest rows is no float32.
+            power = torch.exp2(-norms.log2().floor().clamp(-126, 126))[:, None]
+            return rows * power.to(rows.dtype) / (norms[:, None] * power).to(rows.dtype)
         radius = math.sqrt(self.c) * norms
         refuse(
             radius > 1 + OUTSIDE,

@@ -10,6 +10,10 @@ from uhml.progress import progress
 
 # Candidates beyond the asked-for k that the search hands over to be put in order.
 SPARE = 4
+# Of points equally far from a query, which no rounding tells apart, at most so many are put in the order of their ids.
+MOST_CANDIDATES = 256
+# Candidates that are asked for at a time, of the queries that need more.
+WIDENED_AT_ONCE = 2**22
 QUERIES_PER_BLOCK = 65536
 # Coordinates of pairs that are float64 at a time. On a CPU 8 MiB: more of them the C library gives back to the system
 # each time, so that putting candidates in order takes longer than finding them.
@@ -34,7 +38,8 @@ def nearest_neighbors(
 
     Matrix products in the points' precision propose candidates; their gaps are then computed pair by pair in float64.
     In exact search a bound on the products' rounding says where a point that was not proposed might be nearer; those
-    queries are searched again in float64. So the result depends neither on blocks nor on ranks or threads.
+    queries are searched again in float64, and with more candidates where many are equally far. So the result depends
+    neither on blocks nor on ranks or threads, unless more than ``MOST_CANDIDATES`` are as far as the k-th.
 
     Args:
         queries: ``[m, d]`` points (see :meth:`Geometry.points`).
@@ -98,22 +103,33 @@ class _Base:
     def neighbors(self, queries: Tensor, query_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ids and gaps, ``[m, k]``, of the points nearest to ``[m, d]`` queries."""
         num_candidates = min(self._num_neighbors + 1 + SPARE, len(self._points))
-        weights = self._geometry.weights(queries)
-        polars = polar(self._geometry.lift(queries - self._origin))
-        screened, positions = self._search(polars, num_candidates)
-        ids, gaps = self._ordered(queries, query_ids, weights, positions)
-        if self._is_exact and queries.dtype != torch.float64 and num_candidates < len(self._points):
-            # What was not proposed has a product of at least the last proposed one, and a gap less by rounding at most.
-            doubtful = (gaps[:, -1] > screened[:, -1] - rounding(polars, self._extremes)).nonzero()[:, 0]
-            if len(doubtful) > 0:
-                if self._search64 is None:
-                    self._search64 = exact_search(self._geometry.lift(self._points.double() - self._origin))
-                polars64 = polar(self._geometry.lift(queries[doubtful].double() - self._origin))
-                _, positions = self._search64(polars64, num_candidates)
-                ids[doubtful], gaps[doubtful] = self._ordered(
-                    queries[doubtful], query_ids[doubtful], weights[doubtful], positions
+        ids, gaps, is_doubtful = self._nearest(self._search, queries, query_ids, num_candidates, queries.dtype)
+        rows = is_doubtful.nonzero()[:, 0] if self._is_exact else query_ids[:0]
+        may_widen = queries.dtype == torch.float64
+        while len(rows) > 0 and (not may_widen or num_candidates < MOST_CANDIDATES):
+            if self._search64 is None:
+                self._search64 = exact_search(self._geometry.lift(self._points.double() - self._origin))
+            num_candidates = min(2 * num_candidates, len(self._points)) if may_widen else num_candidates
+            doubtful = []
+            for part in rows.split(max(1, WIDENED_AT_ONCE // num_candidates)):
+                ids[part], gaps[part], is_doubtful = self._nearest(
+                    self._search64, queries[part], query_ids[part], num_candidates, torch.float64
                 )
+                doubtful.append(part[is_doubtful])
+            rows, may_widen = torch.cat(doubtful), True
         return ids, gaps
+
+    def _nearest(
+        self, search: Search, queries: Tensor, query_ids: Tensor, num_candidates: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ids and gaps, ``[m, k]``, and where a point that was not proposed may belong to them, ``[m]`` bool."""
+        polars = polar(self._geometry.lift(queries.to(dtype) - self._origin))
+        screened, positions = search(polars, num_candidates)
+        ids, gaps = self._ordered(queries, query_ids, self._geometry.weights(queries), positions)
+        if num_candidates == len(self._points):
+            return ids, gaps, torch.zeros_like(query_ids, dtype=torch.bool)
+        # What was not proposed has a product of at least the last proposed one, and a gap less by rounding at most.
+        return ids, gaps, gaps[:, -1] >= screened[:, -1] - rounding(polars, self._extremes)
 
     def _ordered(self, queries: Tensor, query_ids: Tensor, weights: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ids and gaps of the ``[m, k]`` nearest of ``[m, k + 1 + SPARE]`` candidates."""

@@ -40,7 +40,7 @@ class Agreement(NamedTuple):
 def sizes(clusters: Tensor) -> Sizes:
     """Return the sizes of ``[n]`` clusters."""
     counts = clusters.bincount()
-    return Sizes(len(counts), int((counts == 1).sum()), float(counts.double().median()), int(counts.max()))
+    return Sizes(len(counts), int((counts == 1).sum()), float(np.median(counts)), int(counts.max()))
 
 
 def agreement(clusters: Tensor, labels: np.ndarray) -> Agreement:

@@ -88,9 +88,14 @@ def extremes(lifted: Tensor) -> Tensor:
     return torch.stack([lifted[:, 0].max(), lifted[:, 1].max(), norms.max()]).double()
 
 
+def magnitude(polars: Tensor, extremes: Tensor) -> Tensor:
+    """Return a bound, ``[b]`` float64, on the sum of the terms' sizes in products with points of these extremes."""
+    w, w_square, w_x = extremes
+    return polars[:, 0] * w + polars[:, 1] * w_square + torch.linalg.vector_norm(polars[:, 2:], dim=1) * w_x
+
+
 def rounding(polars: Tensor, extremes: Tensor) -> Tensor:
     """Return a bound, ``[b]`` float64, on how far off the gaps products with points of these extremes are."""
-    w, w_square, w_x = extremes
-    size = polars[:, 0] * w + polars[:, 1] * w_square + torch.linalg.vector_norm(polars[:, 2:], dim=1) * w_x
-    # As many roundings as terms, and a few for the lift itself.
-    return size * (torch.finfo(polars.dtype).eps * (polars.shape[1] + 4))
+    # As many roundings as terms, and a few for the lift itself; what is tiny has fewer digits.
+    kind = torch.finfo(polars.dtype)
+    return (magnitude(polars, extremes) * kind.eps + kind.tiny) * (polars.shape[1] + 4)

@@ -169,8 +169,8 @@ class TrainingState:
             self.levels = saved["levels"].to(self.model.device)
             if (pending := saved.get("pending")) is not None:
                 self.pending = Pending(pending["step"], self._share(pending["rows"]))
-        # Before the first levels the bank is what the first clustering is of, rounded: it is made again instead.
-        if saved["levels"] is not None and saved.get("bank") is not None and self.config.hierarchy.features == "bank":
+        # Before the first step the bank is what the first clustering is of, rounded: it is made again instead.
+        if self.step > 0 and saved.get("bank") is not None and self.config.hierarchy.features == "bank":
             self.bank = FeatureBank(self._share(saved["bank"]))
         self.best = saved["best"]
         if saved["before"] is not None:
