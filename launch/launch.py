@@ -91,6 +91,9 @@ def run(args: argparse.Namespace) -> None:
         typed = {override.partition("=")[0] for override in args.overrides}
         if twice := typed.intersection(sweep[0]):
             raise UserError(f"{twice.pop()} is given a value, and swept: leave out one of them.")
+        if len(set(names)) < len(names):
+            same = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"Two runs of the sweep would be called {same}: leave one out, or sweep it by itself.")
         _refuse_if_not_for_sweep(run_dir)
     else:
         names = ["."]

@@ -104,7 +104,10 @@ def _state(run_dir: Path, record: JobRecord | None, status: RunStatus | None) ->
         return status.state, status.error or ""
     if status.host == socket.gethostname() and not (_is_alive(status.pid) and is_locked(run_dir)):
         return "lost", GONE
-    return status.state, _silence(status) or f"on {status.host}"
+    silence = _silence(status)
+    if silence and status.host != socket.gethostname() and not is_locked(run_dir):
+        return "lost", GONE  # or copied from where it was
+    return status.state, silence or f"on {status.host}"
 
 
 def _state_in_slurm(record: JobRecord, status: RunStatus | None, job: slurm.Job) -> tuple[State, str]:
@@ -123,7 +126,8 @@ def _state_in_slurm(record: JobRecord, status: RunStatus | None, job: slurm.Job)
         return "running", _silence(status)
     if job.state == "CANCELLED":
         return "cancelled", ""
-    if told == "preempted":
+    words = _last_words(record) if job.state == "FAILED" else ""
+    if told == "preempted" and not words:
         return "preempted", f"SLURM says {job.state}; launch it again to go on"
     return "failed", _last_words(record) or f"SLURM says {job.state}; see {record.jobs}"
 

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from uhml.config import OptimConfig
+from uhml.data.fingerprint import fingerprint
 from uhml.data.pictures import Pictures, Splits
 from uhml.errors import UserError
 from uhml.model import Embedder, HyperbolicHead
 from uhml.optim import build_optimizer, build_schedule
 from uhml.run import checkpoint
 from uhml.run.checkpoint import DamagedFile, keep_best, load_weights, newest_checkpoint, read_file, save_checkpoint
-from uhml.run.training_state import fingerprint
 
 
 def network(num_features=3):
@@ -160,6 +160,20 @@ def test_a_damaged_newest_is_named_and_skipped(tmp_path, caplog):
     paths[0].write_bytes(paths[0].read_bytes()[:-1])
     with pytest.raises(UserError, match=r"All 3 checkpoints in .* are damaged"):
         newest_checkpoint(tmp_path)
+
+
+def test_one_that_is_gone_by_now_is_not_damaged(tmp_path, monkeypatch):
+    """As in a run that goes on, and keeps one checkpoint only."""
+    old = save_checkpoint(tmp_path, 1, {"step": 1}, 1)
+    read = checkpoint.read_file
+
+    def overtaken(path):
+        if path == old:
+            save_checkpoint(tmp_path, 2, {"step": 2}, 1)
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "read_file", overtaken)
+    assert newest_checkpoint(tmp_path) == (tmp_path / "step-00000002.pt", {"step": 2})
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):

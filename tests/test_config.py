@@ -213,6 +213,7 @@ def test_all_mistakes_are_told_at_once(file):
     [
         (["train.global_batch_size=130"], "train.global_batch_size=130 must be a multiple of"),
         (["train.global_batch_size=8"], "at least 16"),
+        (["eval.recall_at=[1,2,1]"], "eval.recall_at=[1, 2, 1] names a number twice"),
         (["data.dataset=sop"], "data.root is missing: give the folder of data.dataset=sop"),
         (["data.dataset=list"], "data.root is missing: give the file with the list"),
         (["data.augment_scale=[0.9, 0.2]"], "go from the least to the greatest"),

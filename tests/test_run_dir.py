@@ -123,6 +123,27 @@ def test_a_finished_run_is_replaced_only_when_told_so_and_only_what_a_run_leaves
     assert (tmp_path / "launch" / "old").exists()
 
 
+def test_a_link_in_the_place_of_a_folder_is_removed_and_what_it_leads_to_stays(unfinished, tmp_path):
+    (unfinished / "checkpoints").rename(tmp_path / "large")
+    (unfinished / "checkpoints").symlink_to(tmp_path / "large")
+    with open_run_dir(unfinished, Config(), overwrite=True) as run:
+        assert run.checkpoint is None
+    assert not (unfinished / "checkpoints").is_symlink()
+    assert len(list((tmp_path / "large").iterdir())) == 2
+
+
+def test_a_log_takes_names_that_are_no_utf8(tmp_path):
+    program = (
+        "import logging, pathlib, sys; from uhml import logs\n"
+        "with logs.to_file(pathlib.Path(sys.argv[1])):\n"
+        "    logging.getLogger('uhml').error('left out: %s', 'caf\\udce9.png')\n"
+    )
+    command = [sys.executable, "-c", program, tmp_path / "log"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert r"left out: caf\udce9.png" in (tmp_path / "log").read_text()
+    assert "Logging error" not in ended.stderr
+
+
 def test_a_run_that_ended_before_its_first_checkpoint_begins_again_whatever_its_config(tmp_path):
     with pytest.raises(Preempted), open_run_dir(tmp_path / "run", Config()):
         raise Preempted(15)

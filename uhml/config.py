@@ -553,6 +553,8 @@ def _contradictions(config: Config, num_ranks: int, needs_root: bool) -> Iterato
             f"train.global_batch_size={train.global_batch_size} holds a single cluster of {per_cluster}; the loss "
             f"compares clusters, so take at least {2 * per_cluster}."
         )
+    if len(set(config.eval.recall_at)) < len(config.eval.recall_at):
+        yield f"eval.recall_at={list(config.eval.recall_at)} names a number twice."
     if train.global_batch_size % num_ranks:
         yield f"train.global_batch_size={train.global_batch_size} must be a multiple of the {num_ranks} ranks."
     if needs_root and data.dataset != "glyphs" and data.root is None:

@@ -52,7 +52,10 @@ def to_terminal() -> Iterator[None]:
 @contextlib.contextmanager
 def to_file(path: Path) -> Iterator[None]:
     """Write everything that is logged in this process to ``path`` too, and the traceback if it ends in an error."""
-    with _attached(logging.FileHandler(path), "%(asctime)s %(levelname)s %(name)s: %(message)s"):
+    with _attached(
+        logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"),
+        "%(asctime)s %(levelname)s %(name)s: %(message)s",
+    ):
         try:
             yield
         except BaseException:

@@ -1,4 +1,5 @@
 import csv
+import errno
 import os
 import re
 import shutil
@@ -225,6 +226,25 @@ def test_what_is_refused(finished_run, shapes, tmp_path, monkeypatch, capsys, wo
     assert embed(finished_run, *words) == 2
     assert re.search(message, capsys.readouterr().err)
     assert sorted(os.listdir()) == before
+
+
+def test_the_list_itself_is_never_overwritten(finished_run, shapes, tmp_path, capsys):
+    listed = tmp_path / "pets.csv"
+    text = "path,label\n" + "".join(f"{path},a\n" for path in sorted(shapes.rglob("*.png")))
+    listed.write_text(text)
+    words = ["embed", str(finished_run), "--images", str(listed), "--out", str(tmp_path / "pets.npy"), "--overwrite"]
+    assert cli.main(words) == 2
+    assert "pets.csv name its rows, the list itself: name another file" in capsys.readouterr().err
+    assert listed.read_text() == text
+
+
+def test_where_files_have_no_locks_it_works_all_the_same(finished_run, shapes, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("uhml.run.lock.fcntl.lockf", refuse)
+    assert cli.main(["embed", str(finished_run), "--images", str(shapes), "--out", str(tmp_path / "v.npy")]) == 0
+    assert "has no locks" in capsys.readouterr().err
 
 
 def test_other_work_at_the_file_is_not_gone_on_with(finished_run, shapes, tmp_path, capsys):

@@ -117,10 +117,13 @@ def test_other_pictures_with_names_that_need_care(run_copy, shapes, tmp_path, ca
     every = [f"data.root={tmp_path / 'turned'}", "data.dataset=folder"]
     for name in ("[red]ünï $x_{", "<img src=x onerror=alert(1)>"):
         shutil.copytree(shapes / name, tmp_path / "turned" / f"z{name}")
-    for name in ("a", "b"):
+    shutil.copytree(shapes / "plain", tmp_path / "turned" / "zz\x1b[31mcaf\udce9")
+    for name in ("a", "b", "c"):
         shutil.copytree(shapes / "plain", tmp_path / "turned" / name)
     assert evaluate(run_copy, *every, "--out", tmp_path / "turned-out") == 0
-    assert "z[red]ünï $x_{" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "z[red]ünï $x_{" in said
+    assert "\x1b[31m" not in said
     assert (tmp_path / "turned-out" / "confusion.png").exists()
 
 

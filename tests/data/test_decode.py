@@ -112,8 +112,10 @@ def test_exif_rotation(tmp_path, orientation):
     assert np.array_equal(np.asarray(load_rgb(path)), np.asarray(upright))
 
 
-def test_broken_exif_does_no_harm(tmp_path):
-    path = saved(tmp_path, Image.new("RGB", (8, 4)), "exif.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01")
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("block", [b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01", b"Exif\0\0rubbish"])
+def test_broken_exif_does_no_harm(tmp_path, suffix, block):
+    path = saved(tmp_path, Image.new("RGB", (8, 4)), f"exif.{suffix}", exif=block)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_rgb(path).size == (8, 4)

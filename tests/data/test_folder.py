@@ -1,9 +1,12 @@
+import errno
 import logging
+import os
 from pathlib import Path
 
 import pytest
 
 from uhml.data.datasets import load_splits
+from uhml.data.folder import pictures_below
 from uhml.errors import UserError
 
 
@@ -61,6 +64,37 @@ def test_links_are_followed_but_not_round_and_round(tmp_path, draw):
     splits = load_splits("folder", tmp_path / "root")
     assert splits.train.class_names == ("a",)
     assert len(splits.test) == 1
+
+
+def test_folders_that_link_to_each_other_are_followed_once(tmp_path, draw):
+    names = "abc"
+    for name in names:
+        draw(tmp_path, f"{name}/1.png")
+        for other in set(names) - {name}:
+            (tmp_path / name / other).symlink_to(f"../{other}")
+    found = pictures_below(tmp_path, "these")
+    # Each by itself, by way of one other, and by way of both.
+    assert len(found) == len(set(found)) == 3 * (1 + 2 + 2)
+
+
+def test_a_folder_that_cannot_be_listed_is_told_of(tmp_path, draw, monkeypatch, caplog):
+    draw(tmp_path, "a/1.png", "b/1.png", "c/1.png")
+    scandir = os.scandir
+
+    def refuse(number):
+        def refused(path):
+            if os.fspath(path).endswith("b"):
+                raise OSError(number, os.strerror(number), path)
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refused)
+
+    refuse(errno.EACCES)
+    assert len(pictures_below(tmp_path, "these")) == 2
+    assert f"{tmp_path}/b cannot be looked into, and is passed over: Permission denied" in caplog.text
+    refuse(errno.ESTALE)
+    with pytest.raises(UserError, match=r"/b cannot be listed: Stale file handle"):
+        pictures_below(tmp_path, "these")
 
 
 def test_too_few_classes_to_score_on_are_told(tmp_path, draw, caplog):

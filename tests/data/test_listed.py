@@ -83,6 +83,8 @@ def test_everything_may_train(listing):
         ("path,label,split\np/a.png,1,dev\n", "line 2: expected the split train or test, found 'dev'"),
         ("path,label,split\np/a.png,1,test\n", "no row has the split train"),
         ("path\n", "lists no pictures"),
+        ('path,label\np/a.png,"12 inch\np/b.png,1\n', "line 2: unexpected end of data. Is a quote open there"),
+        ('path,label\np/a.png,1\np/b.png,"1' + 30_000 * "\np/a.png,1", "line 3: field larger than field limit"),
         ("path\np/a.png\np/x.png\np/y.png\n", "lists 3 pictures, of which 2 are missing, first .*x.png"),
     ],
 )

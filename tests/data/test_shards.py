@@ -15,6 +15,7 @@ from ranks import run_ranks
 from uhml import distributed
 from uhml.config import DataConfig
 from uhml.data import members
+from uhml.data.archives import unpack
 from uhml.data.check import check
 from uhml.data.datasets import load_splits
 from uhml.data.decode import UnreadablePicture, load_rgb, stamp
@@ -230,6 +231,20 @@ def test_refused_shards(tmp_path, case):
     with pytest.raises(UserError, match=match) as refusal:
         load_splits("shards", root)
     assert "bad.tar" in str(refusal.value) or case == "no picture"
+
+
+@pytest.mark.timeout(60)
+def test_a_member_of_negative_size_is_refused(tmp_path):
+    """Python's tarfile goes back by it, and comes to the same member again and again."""
+    first, bad = (bytearray(header(name, tarfile.REGTYPE).tobuf()) for name in (".a", ".b"))
+    bad[124:136] = b"\xff" + (256**11 - 1024).to_bytes(11, "big")
+    bad[148:156] = b" " * 8
+    bad[148:156] = b"%06o\0 " % sum(bad)
+    (tmp_path / "s.tar").write_bytes(first + bad + bytes(1024))
+    with pytest.raises(UserError, match="cut off or damaged"):
+        load_splits("shards", tmp_path)
+    with pytest.raises(UserError, match=r"is not to be trusted: '\.b' has a negative size"):
+        unpack(tmp_path / "s.tar", tmp_path, lambda path: path)
 
 
 def test_a_shard_that_is_cut_off_anywhere_is_refused(tmp_path):

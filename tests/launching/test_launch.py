@@ -114,6 +114,7 @@ def test_dry_run_of_a_sweep_is_one_array(sbatch_only, config, run_dir, capsys):
         (["--sweep", "train.seed=0,1", "--sweep", "train.seed=2"], "given twice"),
         (["--sweep", "train.sed=0,1"], "Did you mean 'train.seed'?"),
         (["train.seed=1", "--sweep", "train.seed=0,1"], "train.seed is given a value, and swept"),
+        (["--sweep", "data.root=a/b,a_b"], "Two runs of the sweep would be called data.root=a_b"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_made(sbatch_only, config, run_dir, caplog, arguments, said):
@@ -281,7 +282,8 @@ def test_status_of_no_run_suggests_one(tmp_path, caplog):
     assert "holds no run" in caplog.text
 
 
-def test_a_sweep_keeps_out_of_other_runs_folders(sbatch_only, config, run_dir, caplog):
+def test_a_sweep_keeps_out_of_other_runs_folders(sbatch_only, config, run_dir, caplog, monkeypatch):
+    monkeypatch.setattr(overview, "is_locked", lambda folder: True)
     sweep = ["--sweep", "train.seed=0,1", "--dry-run"]
     run_dir.mkdir()
     write_status(run_dir, RunStatus(**{**finished_status(), "state": "preempted"}))

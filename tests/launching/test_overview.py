@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -97,6 +98,36 @@ def test_state_of_a_job(tmp_path, monkeypatch, said_by_slurm, said_by_run, state
     assert found.is_under_way == (state in ("queued", "requeued", "starting", "running", "stopping"))
 
 
+def test_a_slot_that_failed_before_the_run_could_say_so_shows_its_error(tmp_path, monkeypatch):
+    (tmp_path / "launch").mkdir()
+    record = JobRecord(cluster="slurm", job_id="7", host=HERE, submitted_at="", num_ranks=4, jobs=str(tmp_path))
+    write_record(tmp_path, record)
+    write_status(tmp_path, status("preempted"))
+    monkeypatch.setattr(slurm, "ask", lambda job_id: slurm.Job("FAILED"))
+    assert overview.look(tmp_path).state == "preempted"
+    (tmp_path / "7_0_log.err").write_text("12:00:00 error: data.root=/gone is no folder\n")
+    found = overview.look(tmp_path)
+    assert (found.state, found.note) == ("failed", "data.root=/gone is no folder")
+
+
+@pytest.mark.parametrize("says", ["nothing", "preempted"])
+def test_a_batch_script_is_requeued_only_by_what_its_own_slot_has_said(tmp_path, says):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "status.json").write_text('{"state": "preempted", "step": 3}')
+    programs = {"srun": "exit 1", "scontrol": 'echo "scontrol $*"'}
+    if says == "preempted":
+        programs["srun"] = f'echo \'{{"state": "preempted", "step": 9}}\' > {tmp_path}/run/status.json; exit 1'
+    for name, does in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_ID": "7"}
+    script = Path(overview.__file__).parent.parent / "slurm" / "train.sbatch"
+    command = ["bash", str(script), str(tmp_path / "run"), "some.yaml"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ("scontrol requeue 7" in ended.stdout) == (says == "preempted")
+    assert ended.returncode == (0 if says == "preempted" else 1), ended.stderr
+
+
 def test_a_run_without_a_job(tmp_path, dead_pid):
     assert overview.look(tmp_path) is None
     write_status(tmp_path, status("running", host=HERE, pid=os.getpid()))
@@ -114,12 +145,16 @@ def test_a_run_without_a_job(tmp_path, dead_pid):
     assert (overview.look(tmp_path).state, overview.look(tmp_path).note) == ("failed", "the loss is nan")
 
 
-def test_silence_is_told(tmp_path):
+def test_silence_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(overview, "is_locked", lambda folder: True)
     write_status(tmp_path, status("running"))
     assert overview.look(tmp_path).note == "on n17"
     long_ago = (datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=2, minutes=5)).isoformat()
     write_status(tmp_path, status("running", updated_at=long_ago))
     assert overview.look(tmp_path).note.startswith("not heard of for 2 h 5 min")
+    # Killed on its machine, or copied from there.
+    monkeypatch.setattr(overview, "is_locked", lambda folder: False)
+    assert overview.look(tmp_path).state == "lost"
     # Clustering says nothing for longer.
     write_status(tmp_path, status("running", updated_at=long_ago, phase="cluster"))
     assert overview.look(tmp_path).note == "on n17"

@@ -65,12 +65,14 @@ def run(args: argparse.Namespace) -> None:
             check_out(out, "--out", SUFFIXES, args.overwrite)
             require_parquet(out)
             names = names_of(out)
+            if out.suffix.lower() == ".npy" and names.resolve() == args.images.resolve():
+                raise UserError(f"--out {out} would have {names} name its rows, the list itself: name another file.")
             is_begun = unfinished_folder(out).exists()
             if out.suffix.lower() == ".npy" and names.exists() and not (args.overwrite or is_begun):
                 raise UserError(f"{names}, for the names of the pictures, is there already: add --overwrite.")
 
         distributed.on_main(check)
-        pictures = distributed.on_every_rank(lambda: list_images(args.images))
+        pictures = list_images(args.images)
         num_rows = embed_to_file(
             trained,
             pictures,

@@ -14,9 +14,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from uhml import distributed
+from uhml import distributed, logs
 from uhml.commands.options import add_network_arguments, opened
 from uhml.console import console
+from uhml.data.fingerprint import fingerprint
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.sampling import evenly
 from uhml.data.verify import load_pictures
@@ -27,7 +28,6 @@ from uhml.files import write_whole
 from uhml.hierarchy.geometry import Geometry
 from uhml.reporting.confusion import Pair, draw_confusion, matrix
 from uhml.reporting.sheets import COLUMNS, Answer, Tile, write_sheet
-from uhml.run.training_state import fingerprint
 from uhml.trained import Trained
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
         for end in ends:
             for score in end:
                 table.add_row(
-                    escape(score["name"]),
+                    escape(logs.shown(score["name"])),
                     f"{score['pictures']:,}",
                     _per_cent(score["recall_at_1"]),
                     "" if score["map_at_r"] is None else _per_cent(score["map_at_r"]),

@@ -86,10 +86,11 @@ def overridden(config: Config, overrides: Sequence[str]) -> Config:
             )
     merged = OmegaConf.create(dump_config(config))
     try:
-        changes = OmegaConf.from_dotlist(list(overrides))
+        # Of the user's words alone: a stranger's checkpoint is not to read this environment.
+        changes = OmegaConf.create(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True))
         if OmegaConf.select(changes, "data.dataset", default=config.data.dataset) != config.data.dataset:
             merged.data.root, merged.data.num_classes = None, None
-        raw = OmegaConf.to_container(OmegaConf.merge(merged, changes), resolve=True)
+        raw = OmegaConf.to_container(OmegaConf.merge(merged, changes))
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as e:
         raise UserError(f"The overrides are no valid YAML: {' '.join(str(e).split())}") from e
     return parse_config(cast(dict[Any, Any], raw), "the run's config")

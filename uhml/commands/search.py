@@ -190,7 +190,7 @@ def _gallery(trained: Trained, args: argparse.Namespace) -> tuple[Vectors, dict[
     data, folder = trained.config.data, trained.folder / "search"
     skip_corrupt = args.skip_corrupt or data.skip_corrupt
     if args.images is not None:
-        pictures = distributed.on_every_rank(lambda: list_images(args.images))
+        pictures = list_images(args.images)
         source = os.path.abspath(args.images)
         folder /= f"{Path(source).stem}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}"
         return embedded_gallery(trained, pictures, folder, skip_corrupt=skip_corrupt), {}

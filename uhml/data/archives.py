@@ -144,6 +144,8 @@ def _checked(members: Iterator[_Member], archive: Path) -> list[_Member]:
             raise UserError(f"{archive} is not to be trusted: {member.name!r} would lie outside of its folder.")
         if member.kind not in ("file", "folder"):
             raise UserError(f"{archive} is not to be trusted: {member.name!r} is no plain file but a {member.kind}.")
+        if member.size < 0:
+            raise UserError(f"{archive} is not to be trusted: {member.name!r} has a negative size.")
         num_bytes += member.size
         if num_bytes > MAX_BYTES or len(checked) >= MAX_MEMBERS:
             raise UserError(

@@ -12,8 +12,8 @@ import hashlib
 import logging
 import os
 import random
+import secrets
 import shutil
-import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -162,7 +162,7 @@ def _make_room(folder: Path, groups: Sequence[Sequence[str]], config: DataConfig
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob(f"*{SUFFIX}.*.partial"):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # another user's, perhaps
                 if time.time() - path.stat().st_mtime > SECONDS_UNTIL_ABANDONED:
                     path.unlink()
         free = shutil.disk_usage(folder).free
@@ -230,7 +230,7 @@ def _write(file: Path, paths: Sequence[str], reduce_to: int | None) -> None:
     A picture that cannot be decoded has height and width 0.
     """
     table = np.zeros((len(paths), 3), np.int64)
-    with opened_aside(file, f".{socket.gethostname()}-{os.getpid()}") as out:
+    with opened_aside(file, f".{secrets.token_hex(8)}") as out:
         out.write(table.tobytes())
         for row, path in enumerate(paths):
             table[row, 0] = out.tell()

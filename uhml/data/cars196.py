@@ -1,6 +1,5 @@
 """Cars196 (Krause et al., 2013), in each of the three layouts in which it is still found."""
 
-import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import scipy.io
 
 from uhml.data.pictures import Splits
-from uhml.data.reading import check_both_parts, check_exist, check_int, find_home, read_lines
+from uhml.data.reading import check_both_parts, check_exist, check_int, csv_rows, find_home, read_lines
 from uhml.data.splitting import split
 from uhml.errors import UserError
 
@@ -73,13 +72,12 @@ def _read_csv(home: Path) -> tuple[list[Row], list[str]]:
     for part in ("train", "test"):
         file = home / f"anno_{part}.csv"
         listed = []
-        for number, fields in enumerate(csv.reader(read_lines(file)), start=1):
-            if fields and len(fields) != 6:
+        for number, fields in csv_rows(file):
+            if len(fields) != 6:
                 raise UserError(
                     f"{file}, line {number}: expected 6 fields (file, 4 sides of a box, class), found {len(fields)}."
                 )
-            if fields:
-                listed.append((fields[0], check_int(fields[5], f"the class on line {number}", file)))
+            listed.append((fields[0], check_int(fields[5], f"the class on line {number}", file)))
         rows += _locate(home / "car_data" / part, listed)
     # A line is a name: commas in it are not quoted there.
     return rows, [line.strip() for line in read_lines(home / "names.csv") if line.strip()]

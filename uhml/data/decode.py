@@ -143,11 +143,13 @@ class _Refusals(Dataset[tuple[int, str] | None]):
 def _decode(path: str | Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            # Pillow's doubts (a broken EXIF block, a size half way to the limit) are no reason to refuse.
+            # Pillow's doubts (a size half way to the limit) are no reason to refuse.
             warnings.simplefilter("ignore")
             with opened(path) as file, Image.open(file, formats=sorted(set(FORMATS.values()))) as image:
                 image.draft(None, (DRAFT_SIDE, DRAFT_SIDE))
-                ImageOps.exif_transpose(image, in_place=True)
+                image.load()
+                with contextlib.suppress(Exception):  # of a broken EXIF block
+                    ImageOps.exif_transpose(image, in_place=True)
                 return _to_rgb(image)
     except (_Refused, UserError):
         raise

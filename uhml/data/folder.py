@@ -86,15 +86,34 @@ def pictures_below(root: Path, said: str) -> list[str]:
 
 
 def files_below(root: Path) -> Iterator[str]:
-    """Yield the files below ``root`` that are not hidden. Links are followed, but not back up."""
-    for where, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_up(where, name)]
+    """Yield the files below ``root`` that are not hidden. Links are followed, but not back to where they led from.
+
+    Raises:
+        UserError: a folder cannot be listed; one that this user may not look into is passed over with a warning.
+    """
+    # Of folders that are still to be looked into: the real ones from which links have led there.
+    left_by_links: dict[str, tuple[str, ...]] = {os.fspath(root): ()}
+    for where, folders, files in os.walk(root, followlinks=True, onerror=_not_listed):
+        left, kept = left_by_links.pop(where), []
+        for name in folders:
+            inside = os.path.join(where, name)
+            if name.startswith("."):
+                continue
+            now_left = (*left, _real(where)) if os.path.islink(inside) else left
+            if now_left and any(folder.startswith(_real(inside)) for folder in now_left):
+                continue
+            left_by_links[inside] = now_left
+            kept.append(name)
+        folders[:] = kept
         inside = "" if where == os.curdir else os.path.join(where.removeprefix(os.curdir + os.sep), "")
         yield from (inside + name for name in files if not name.startswith("."))
 
 
-def _leads_up(where: str, name: str) -> bool:
-    inside = os.path.join(where, name)
-    return os.path.islink(inside) and os.path.join(os.path.realpath(where), "").startswith(
-        os.path.join(os.path.realpath(inside), "")
-    )
+def _real(folder: str) -> str:
+    return os.path.join(os.path.realpath(folder), "")
+
+
+def _not_listed(error: OSError) -> None:
+    if not isinstance(error, PermissionError):
+        raise UserError(f"{error.filename} cannot be listed: {error.strerror}.") from error
+    logger.warning("%s cannot be looked into, and is passed over: %s", error.filename, error.strerror)

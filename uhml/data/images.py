@@ -3,24 +3,35 @@
 import os
 from pathlib import Path
 
+from uhml import distributed
+from uhml.data.fingerprint import refuse_different
 from uhml.data.folder import pictures_below
 from uhml.data.formats import FORMATS
 from uhml.data.listed import read_list
-from uhml.data.pictures import Pictures
+from uhml.data.pictures import Pictures, Splits
 from uhml.data.shards import holds_shards_only, pictures_in_shards
 from uhml.errors import UserError
 
 
 def list_images(source: Path) -> Pictures:
-    """List all pictures below a folder, in sorted order, or those of shards or a list, in theirs, by absolute paths.
+    """List all pictures below a folder, in sorted order, or those of shards or a list, in theirs. A collective.
 
     Args:
         source: a folder of pictures, or of tar files as for ``data.dataset=shards``, or a text or CSV file as for
             ``data.dataset=list``, of which only the paths are taken.
 
+    Returns:
+        The pictures, by absolute paths.
+
     Raises:
-        UserError: it is neither, it has no picture, or one cannot be named in a text file.
+        UserError: it is neither, it has no picture, one cannot be named in a text file, or ranks see different ones.
     """
+    pictures = distributed.on_every_rank(lambda: _listed(source))
+    refuse_different(Splits(train=pictures), f"--images {source}")
+    return pictures
+
+
+def _listed(source: Path) -> Pictures:
     source = Path(os.path.abspath(source.expanduser()))
     if source.suffix.lower() in FORMATS and not source.is_dir():
         raise UserError(f"--images {source} is a picture: name a folder, or a text or CSV file that lists pictures.")

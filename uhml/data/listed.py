@@ -1,12 +1,11 @@
 """Pictures that a text or CSV file lists."""
 
-import csv
 import logging
 import os
 from pathlib import Path
 
 from uhml.data.pictures import Pictures, Splits
-from uhml.data.reading import check_exist, read_lines
+from uhml.data.reading import check_exist, csv_rows, read_lines
 from uhml.data.splitting import first_half, split
 from uhml.errors import UserError, did_you_mean
 
@@ -77,9 +76,8 @@ def read_list(file: Path) -> dict[str, list[str]]:
 
 def _read_csv(file: Path) -> dict[str, list[str]]:
     """Return the columns of ``COLUMNS`` that ``file`` has."""
-    # With the ends of the lines: a quoted path may have some in it.
-    reader = csv.reader(f"{line}\n" for line in read_lines(file))
-    header = next(reader, [])
+    reader = csv_rows(file)
+    _, header = next(reader, (1, []))
     if "path" not in header:
         raise UserError(
             f"{file}, line 1: expected a header with the column path, found {', '.join(header) or 'nothing'}."
@@ -92,15 +90,15 @@ def _read_csv(file: Path) -> dict[str, list[str]]:
         raise UserError(f"{file}, line 1: the column {known[1]} needs a column label beside it.")
     columns: dict[str, list[str]] = {column: [] for column in known}
     places = [(column, header.index(column)) for column in known]
-    for row in filter(None, reader):
+    for number, row in reader:
         for column, place in places:
             value = row[place] if place < len(row) <= len(header) else ""
             if not value:
                 raise UserError(
-                    f"{file}, line {reader.line_num}: expected {len(header)} fields ({', '.join(header)}) "
+                    f"{file}, line {number}: expected {len(header)} fields ({', '.join(header)}) "
                     f"and none of {', '.join(known)} empty."
                 )
             if column == "split" and value not in ("train", "test"):
-                raise UserError(f"{file}, line {reader.line_num}: expected the split train or test, found {value!r}.")
+                raise UserError(f"{file}, line {number}: expected the split train or test, found {value!r}.")
             columns[column].append(value)
     return columns

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import posixpath
-import socket
+import secrets
 import tarfile
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
@@ -153,7 +153,7 @@ def _kept(shard: str, file: IO[bytes], stamp: Stamp) -> Index:
         raise UserError(f"The shard {shard} changes while it is read: wait until it is written.")
     try:
         keep.parent.mkdir(parents=True, exist_ok=True)
-        with opened_aside(keep, f".{socket.gethostname()}-{os.getpid()}") as out:
+        with opened_aside(keep, f".{secrets.token_hex(8)}") as out:
             np.save(out, rows)
     except OSError as e:
         logger.warning("What %s holds cannot be kept in %s (%s), and is read anew each time", shard, keep.parent, e)
@@ -241,6 +241,8 @@ def _headers(shard: str, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     try:
         tar: Any = tarfile.TarFile(fileobj=careful)
         while (info := tar.next()) is not None:
+            if info.size < 0:  # after which it would come to the same members again and again
+                raise tarfile.ReadError("a member of negative size")
             # It would keep them all.
             tar.members.clear()
             yield info

@@ -1,6 +1,7 @@
 """What the data sets' readers share: finding the folder, reading tables, and the sentences when something is off."""
 
 import contextlib
+import csv
 import os
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -55,6 +56,25 @@ def read_lines(path: Path) -> list[str]:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}.") from error
+
+
+def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of a CSV file that are not empty, and the line on which each ends.
+
+    Raises:
+        UserError: there is no such file, or it is no CSV.
+    """
+    # With the ends of the lines: a quoted path may have some in it.
+    reader, whole = csv.reader((f"{line}\n" for line in read_lines(path)), strict=True), 0
+    try:
+        for row in reader:
+            whole = reader.line_num
+            if row:
+                yield whole, row
+    except csv.Error as e:
+        raise UserError(
+            f"{path}, line {whole + 1}: {e}. Is a quote open there? One in a field is written twice."
+        ) from e
 
 
 def read_table(path: Path, columns: str, *, skip: int = 0) -> list[list[str]]:

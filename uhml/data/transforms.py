@@ -8,6 +8,7 @@ from torchvision.transforms import InterpolationMode, v2
 from uhml.config import DataConfig
 
 BICUBIC = InterpolationMode.BICUBIC
+LONGEST_STRIP = 32
 
 
 def training_transform(config: DataConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> nn.Module:
@@ -72,13 +73,27 @@ class RandomCrop(nn.Module):
         return crop(image)
 
 
+class Shortened(nn.Module):
+    """Leave of a strip its middle: with the shorter side as large as the network's it would fill the memory."""
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        """Crop what is longer than ``LONGEST_STRIP`` times its width; far beyond what a crop of the middle keeps."""
+        most = LONGEST_STRIP * min(image.size)
+        if max(image.size) <= most:
+            return image
+        width, height = min(image.width, most), min(image.height, most)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))
+
+
 def plain_transform(config: DataConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> nn.Module:
     """Return what brings a picture to the network where nothing is random: clustering and evaluation."""
     side = config.image_size
     if config.fit == "squash":
         steps: list[nn.Module] = [v2.Resize((side, side), interpolation=BICUBIC)]
     else:
-        steps = [v2.Resize(round(side / config.center_crop), interpolation=BICUBIC), v2.CenterCrop(side)]
+        resize = v2.Resize(round(side / config.center_crop), interpolation=BICUBIC)
+        steps = [Shortened(), resize, v2.CenterCrop(side)]
     return v2.Compose([Reduce(config.reduce_to), *steps, *_to_tensor(mean, std)])
 
 

@@ -11,6 +11,7 @@ from uhml.config import DataConfig
 from uhml.data.cache import cache_pictures
 from uhml.data.datasets import load_splits
 from uhml.data.decode import UnreadablePicture, find_unreadable
+from uhml.data.fingerprint import refuse_different
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.splitting import hold_out
 from uhml.errors import known_everywhere
@@ -27,7 +28,7 @@ def list_pictures(config: DataConfig) -> Splits:
     """List the pictures of the data set. A collective.
 
     Raises:
-        UserError: the data set is not as it should be.
+        UserError: the data set is not as it should be, or not the same for all ranks.
     """
     root = Path(config.root).expanduser() if config.root else None
 
@@ -36,7 +37,9 @@ def list_pictures(config: DataConfig) -> Splits:
         return hold_out(splits) if config.score_on == "validation" else splits
 
     # Glyphs are drawn on rank 0 in the middle of this, for which all ranks wait.
-    return distributed.on_every_rank(listed, interruptible=False)
+    splits = distributed.on_every_rank(listed, interruptible=False)
+    refuse_different(splits, f"data.root={config.root}")
+    return splits
 
 
 def readable_pictures(splits: Splits, config: DataConfig) -> Splits:

@@ -1,7 +1,6 @@
 """One self-contained HTML page of pictures, their tree and their place in the Poincaré disk."""
 
 import base64
-import datetime
 import gzip
 import hashlib
 import json
@@ -117,12 +116,11 @@ def contents(trained: Trained, source: Source, embeddings: Tensor, max_pictures:
         arrays[f"height-{i}"] = height
 
     names, name = short_names(pictures), trained.folder.resolve().name
-    saved_at = datetime.datetime.fromtimestamp(trained.checkpoint.stat().st_mtime, datetime.UTC)
     meta = {
         "title": f"{name}: {source.part} pictures",
         "run": name,
         "step": trained.step,
-        "created": saved_at.date().isoformat(),
+        "created": trained.saved_at.date().isoformat(),
         "curvature": curvature,
         "num_pictures": len(shown),
         "num_all": len(pictures),

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from uhml import distributed
+from uhml.data.fingerprint import fingerprint
 from uhml.data.images import list_images
 from uhml.data.names import common_folder
 from uhml.data.pictures import Pictures, Splits
@@ -13,7 +13,6 @@ from uhml.data.verify import list_pictures, readable_pictures
 from uhml.errors import UserError, known_everywhere
 from uhml.hierarchy import Dendrogram
 from uhml.run.run_dir import HIERARCHIES
-from uhml.run.training_state import fingerprint
 from uhml.trained import Trained
 
 logger = logging.getLogger(__name__)
@@ -48,10 +47,7 @@ def find_source(trained: Trained, part: str, images: Path | None) -> Source:
     Raises:
         UserError: they are not there, or too few.
     """
-    if images is None:
-        splits = list_pictures(trained.config.data)
-    else:
-        splits = Splits(train=distributed.on_every_rank(lambda: list_images(images)))
+    splits = list_pictures(trained.config.data) if images is None else Splits(train=list_images(images))
     if trained.config.data.skip_corrupt:
         splits = readable_pictures(splits, trained.config.data)
     if images is not None:

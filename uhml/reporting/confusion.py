@@ -10,6 +10,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from uhml import logs
 from uhml.data.decode import load_rgb
 from uhml.reporting.sheets import thumbnail
 
@@ -143,5 +144,6 @@ def _pairs(figure: Any, pairs: Sequence[Pair]) -> None:
 
 def _short(name: str) -> str:
     """Cut out the middle of a long name: siblings often differ at the end."""
+    name = logs.shown(name)
     half = NAME_LENGTH // 2
     return name if len(name) <= NAME_LENGTH else f"{name[: half - 1]}…{name[-half:]}"

@@ -116,6 +116,9 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return path, read_file(path)
         except DamagedFile as e:
+            if not path.exists():
+                # The run goes on meanwhile, and has newer ones.
+                return newest_checkpoint(folder)
             logger.warning("%s is damaged, and passed over (%s).", path, e)
     if paths:
         raise UserError(f"All {len(paths)} checkpoints in {folder} are damaged.")

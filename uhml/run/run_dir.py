@@ -147,7 +147,7 @@ def record_config(run_dir: Path, config: Config) -> None:
 def _empty(run_dir: Path, keep: Sequence[str]) -> None:
     for path in run_dir.iterdir():
         if path.name not in keep:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _remove_unbegun(run_dir: Path, error: type[BaseException] | None) -> None:

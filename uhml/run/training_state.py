@@ -1,10 +1,7 @@
 """All that a run must keep to be the same run after an interruption."""
 
 import dataclasses
-import hashlib
-import itertools
 import logging
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +14,7 @@ from torch import Tensor
 import uhml
 from uhml import distributed
 from uhml.config import Config, dump_config, parse_dump
-from uhml.data.names import absolute, common_folder
+from uhml.data.fingerprint import fingerprint, numbers
 from uhml.data.pictures import Splits
 from uhml.errors import UserError, known_everywhere
 from uhml.metrics import Scores
@@ -139,8 +136,8 @@ class TrainingState:
         def refuse_other_pictures() -> None:
             if saved["pictures"] != self._pictures:
                 raise UserError(
-                    f"The run began with {_counts(saved['pictures'])} pictures, and there are "
-                    f"{_counts(self._pictures)} now, or others: bring back the old ones, or begin anew with "
+                    f"The run began with {numbers(saved['pictures'])} pictures, and there are "
+                    f"{numbers(self._pictures)} now, or others: bring back the old ones, or begin anew with "
                     "--overwrite."
                 )
 
@@ -211,20 +208,6 @@ def read_state(path: Path) -> dict[str, Any]:
             raise UserError(f"{e}, though rank 0 can read it: is --run-dir a folder that all machines share?") from e
 
     return distributed.on_every_rank(read)
-
-
-def fingerprint(splits: Splits) -> list[tuple[int, str]]:
-    """Return number and digest of the names of each part's pictures, wherever they lie."""
-    parts = [list(absolute(part.paths)) for part in splits.parts.values()]
-    root = common_folder(itertools.chain(*parts))
-    return [
-        (len(paths), hashlib.sha256(os.fsencode("\n".join(path[len(root) :] for path in paths))).hexdigest())
-        for paths in parts
-    ]
-
-
-def _counts(fingerprint: list[tuple[int, str]]) -> str:
-    return " + ".join(str(number) for number, _ in fingerprint)
 
 
 def _versions() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """A trained network, taken out of its run to be used."""
 
 import dataclasses
+import datetime
 from pathlib import Path
 
 import torch
@@ -20,8 +21,9 @@ class Trained:
         config: of its run.
         step: how many steps it was trained for.
         checkpoint: the file it is from.
-        pictures: what the pictures of its run are known by (:func:`uhml.run.training_state.fingerprint`); None where
+        pictures: what the pictures of its run are known by (:func:`uhml.data.fingerprint.fingerprint`); None where
             the file does not tell.
+        saved_at: when the file was written.
     """
 
     model: Embedder
@@ -29,6 +31,7 @@ class Trained:
     step: int
     checkpoint: Path
     pictures: list[tuple[int, str]] | None
+    saved_at: datetime.datetime
 
     @property
     def folder(self) -> Path:
@@ -51,6 +54,8 @@ def load_trained(source: str, device: torch.device | str = "cpu") -> Trained:
     path, state = find_checkpoint(source, "")
     if not {"config", "step"} <= state.keys():
         raise UserError(f"{path} holds weights alone: name a run's folder, or a checkpoint that a run left.")
+    # Now: the run may go on, and remove it.
+    saved_at = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC)
     config = parse_dump(state["config"])
     # Its weights come from the checkpoint: none are to be downloaded first.
     options = dataclasses.replace(config.model, weights="random")  # type: ignore[type-var]
@@ -60,4 +65,4 @@ def load_trained(source: str, device: torch.device | str = "cpu") -> Trained:
     except (RuntimeError, TypeError) as e:
         reason = " ".join(str(e).split())[:300]
         raise UserError(f"{path} is not of the network that its config describes: {reason}") from e
-    return Trained(model.to(device).eval(), config, state["step"], path, state.get("pictures"))
+    return Trained(model.to(device).eval(), config, state["step"], path, state.get("pictures"), saved_at)

@@ -10,7 +10,6 @@ pictures they are of. What was written after the last state is written again.
 import codecs
 import contextlib
 import csv
-import fcntl
 import hashlib
 import importlib.util
 import io
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from uhml.data.decode import stamp
 from uhml.errors import UserError
 from uhml.files import opened_aside, write_whole
+from uhml.run.lock import is_taken
 
 logger = logging.getLogger(__name__)
 
@@ -148,10 +148,8 @@ def unfinished(
     folder = unfinished_folder(out)
     folder.mkdir(exist_ok=True)
     with (folder / "lock").open("a") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as e:
-            raise UserError(f"Another command is writing {out}: wait until it ends, or name another file.") from e
+        if is_taken(folder, lock):
+            raise UserError(f"Another command is writing {out}: wait until it ends, or name another file.")
         state, files, rows = {"key": key, "seen": 0, "left_out": []}, digest_of_files(()), folder / "rows.npy"
         if rows.exists() and (folder / "state.json").exists():
             begun = json.loads((folder / "state.json").read_text())
