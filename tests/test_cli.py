@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import shlex
@@ -102,13 +103,16 @@ def test_a_reader_that_goes_is_no_error(tmp_path, options):
     assert ended.returncode == 141
 
 
-def test_a_command_without_a_standard_output_ends_well(tmp_path):
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_command_without_a_standard_stream_ends_well(tmp_path, closed):
     """As a daemon starts it."""
     command = f"{sys.executable} -m uhml check-data glyphs data.num_classes=4 --root {tmp_path} --json"
     ended = subprocess.run(
-        f"exec {command} >&-", shell=True, stderr=subprocess.PIPE, text=True, timeout=240, check=False
+        f"exec {command} {closed}", shell=True, capture_output=True, text=True, timeout=240, check=False
     )
     assert ended.returncode == 0, ended.stderr
+    # No line of a log is among what is for scripts.
+    assert closed == ">&-" or json.loads(ended.stdout)["refused"] == []
 
 
 @pytest.mark.parametrize("command", ["train", "compare", "launch", "status", "cancel"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from uhml import cli
-from uhml.config import FREE_TO_CHANGE, Config, describe_keys, dump_config, load_config
+from uhml.config import FREE_TO_CHANGE, Config, describe_keys, dump_config, load_config, quoted
 from uhml.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -37,6 +37,18 @@ def refusal(path, *overrides):
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+@pytest.mark.parametrize(
+    "text", ["/x/\U0001f600", "caf\udce9", 'a"b\\c', "a${b}", "$", "1e5", "\x7f\x85 \u00e9", " x ", ""]
+)
+def test_a_quoted_value_stands_for_just_this_text(file, text):
+    assert (
+        load_config(
+            file("data: {dataset: folder}\n"), [f"model.init_from={quoted(text)}", "data.root=x"]
+        ).model.init_from
+        == text
+    )
 
 
 # Files

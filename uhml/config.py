@@ -381,6 +381,13 @@ def load_config(
     return parse_config(cast(dict[Any, Any], raw), str(path), num_ranks or place().world_size, needs_root)
 
 
+def quoted(text: str) -> str:
+    """Return the text as a value of an override that stands for just this text, whatever is in it."""
+    # Of JSON's way YAML does not know the pairs for what lies beyond 16 bits, and of OmegaConf's ${ it knows nothing.
+    plain = (c if " " <= c <= "~" and c not in '"\\' else f"\\U{ord(c):08x}" for c in text.replace("${", "\\${"))
+    return f'"{"".join(plain)}"'
+
+
 def _other_configs(path: Path) -> str:
     """Help those who mistyped the name, or left out the folder: ``quickstart.yaml`` for ``configs/quickstart.yaml``."""
     others = {p.name: p for folder in (Path("configs"), path.parent) for p in sorted(folder.glob("*.yaml"))}

@@ -68,6 +68,18 @@ def check_out(path: Path, option: str, suffixes: Sequence[str], overwrite: bool)
         raise UserError(f"{option} {path} is there already: name another file, or add --overwrite.")
 
 
+def expanded(path: str | Path) -> Path:
+    """Return the path with ``~`` and ``~user`` made the folders that they stand for.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as e:
+        raise UserError(f"{path}: nobody knows what folder ~ stands for in it: write that out.") from e
+
+
 def user_cache(name: str) -> Path:
     """Return where this user's copies of things lie that can be made again: ``~/.cache/uhml/name``, or as XDG says."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uhml" / name
+    return Path(os.environ.get("XDG_CACHE_HOME") or expanded("~/.cache")) / "uhml" / name

@@ -24,6 +24,8 @@ class _AboveProgressBars(logging.Handler):
     """Writes lines to stderr without tearing a progress bar apart."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if sys.stderr is None:  # closed, and tqdm would write to the standard output instead
+            return
         try:
             # Of a file's name, control characters are shown, not obeyed.
             tqdm.write("\n".join(map(shown, self.format(record).split("\n"))), file=sys.stderr)

@@ -40,7 +40,7 @@ def progress(
         total = done + len(iterable)  # type: ignore[arg-type]
     if not distributed.is_main():
         yield from iterable
-    elif sys.stderr.isatty():
+    elif sys.stderr is not None and sys.stderr.isatty():  # None where it was closed
         bar = tqdm(
             iterable,
             description,

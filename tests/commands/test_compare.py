@@ -87,6 +87,13 @@ def test_table_and_plot(runs, capsys):
     assert compare(folder / "s0", "--out", out, "--overwrite") == 0
 
 
+def test_a_name_that_matplotlib_would_hide_is_in_the_legend(runs):
+    folder, _ = runs
+    (folder / "s0").rename(folder / "_s0")
+    assert compare(folder / "_s0", "--out", folder / "c.svg") == 0
+    assert "<!--  _s0 -->" in (folder / "c.svg").read_text()
+
+
 def test_a_run_as_uhml_leaves_it(finished_run, tmp_path, capsys):
     assert compare(finished_run, "--json", "--out", tmp_path / "c.svg") == 0
     (found,) = json.loads(capsys.readouterr().out)["runs"]

@@ -17,10 +17,12 @@ from launched import uhml
 from PIL import Image
 
 from uhml import cli
-from uhml.config import load_config
+from uhml.commands.options import overridden
+from uhml.config import load_config, parse_config
 from uhml.data.decode import load_rgb
 from uhml.data.images import list_images
 from uhml.data.transforms import plain_transform
+from uhml.errors import UserError
 from uhml.trained import load_trained
 from uhml.trained.vectors import read_vectors
 
@@ -226,6 +228,33 @@ def test_what_is_refused(finished_run, shapes, tmp_path, monkeypatch, capsys, wo
     assert embed(finished_run, *words) == 2
     assert re.search(message, capsys.readouterr().err)
     assert sorted(os.listdir()) == before
+
+
+def test_a_name_with_a_carriage_return_is_one_name(finished_run, shapes, tmp_path):
+    path = tmp_path / "pictures" / "a\rb.png"
+    path.parent.mkdir()
+    shutil.copy(next(shapes.rglob("*.png")), path)
+    assert embed(finished_run, *EMBED, "--images", path.parent, "--out", tmp_path / "v.npy") == 0
+    assert read_vectors(tmp_path / "v.npy").paths == [str(path)]
+
+
+def test_an_archive_by_another_name_is_no_matrix(tmp_path):
+    np.savez(tmp_path / "v.npz", np.zeros(3))
+    (tmp_path / "v.npz").rename(tmp_path / "v.npy")
+    with pytest.raises(UserError, match="is an archive of arrays"):
+        read_vectors(tmp_path / "v.npy")
+
+
+def test_a_checkpoint_reads_nothing_of_the_environment(monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    config = parse_config({"data": {"dataset": "folder", "root": "${oc.env:SECRET}"}}, "a stranger's")
+    assert overridden(config, ["data.num_workers=0"]).data.root == "${oc.env:SECRET}"
+    assert overridden(config, ["data.root=${oc.env:SECRET}"]).data.root == "hunter2"
+
+
+def test_a_home_that_nobody_has(finished_run, tmp_path, capsys):
+    assert embed(finished_run, *EMBED, "--images", "~nobody-here/x", "--out", tmp_path / "v.npy") == 2
+    assert "~nobody-here/x: nobody knows what folder ~ stands for" in capsys.readouterr().err
 
 
 def test_the_list_itself_is_never_overwritten(finished_run, shapes, tmp_path, capsys):

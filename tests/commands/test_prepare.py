@@ -57,6 +57,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.tag = '"1"'
         self.content_type = "application/octet-stream"
         self.errors = []  # status of each answer to come
+        self.modified = None  # the header Last-Modified
         self.asked = []  # the header Range of each request
         self.on_cut = lambda: None
 
@@ -76,7 +77,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_error(404)
         body = path.read_bytes()
         start = int(ranged.removeprefix("bytes=").removesuffix("-")) if ranged and server.has_range else 0
-        if self.headers.get("If-Range", server.tag) != server.tag:
+        if self.headers.get("If-Range", server.tag or server.modified) not in (server.tag, server.modified):
             start = 0
         if start >= len(body):
             self.send_response(416)
@@ -91,6 +92,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body) - start))
         if server.tag:
             self.send_header("ETag", server.tag)
+        if server.modified:
+            self.send_header("Last-Modified", server.modified)
         self.send_header("Content-Type", server.content_type)
         self.end_headers()
         cut = server.cuts.pop(0) if server.cuts else None
@@ -231,13 +234,20 @@ def test_a_server_without_ranges_that_never_gets_further(cub, server, tmp_path):
     assert len(server.asked) == download.MAX_TRIES
 
 
-def test_a_file_that_changes_between_two_parts_is_begun_anew(cub, server, tmp_path):
+@pytest.mark.parametrize("known_by", ["tag", "date", "date and weak tag"])
+def test_a_file_that_changes_between_two_parts_is_begun_anew(cub, server, tmp_path, known_by):
     good = cub.read_bytes()
     cub.write_bytes(bytes(len(good)))
+    if known_by != "tag":
+        server.tag = 'W/"1"' if "weak" in known_by else None
+        server.modified = "Sat, 28 Nov 2026 05:00:00 GMT"
 
     def change():
         cub.write_bytes(good)
-        server.tag = '"2"'
+        if known_by == "tag":
+            server.tag = '"2"'
+        else:
+            server.modified = "Sat, 28 Nov 2026 06:00:00 GMT"
 
     server.cuts, server.on_cut = [50_000], change
     assert uhml("cub200", "--root", tmp_path / "root") == 0

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from uhml.commands.options import overridden
-from uhml.config import Config, DataConfig, check_batch_fits, load_config
+from uhml.config import Config, DataConfig, check_batch_fits, load_config, quoted
 from uhml.console import console
 from uhml.data.check import Report, as_json, check, relative
 from uhml.data.datasets import DATASETS
@@ -78,8 +78,7 @@ def refuse(report: Report, config: DataConfig) -> None:
 
 
 def _config(source: str, root: str | None, overrides: Sequence[str]) -> Config:
-    # A string in JSON is one in YAML, too, whatever is in it.
-    overrides = [*([f"data.root={json.dumps(root)}"] if root else []), *overrides]
+    overrides = [*([f"data.root={quoted(root)}"] if root else []), *overrides]
     if source in DATASETS:
         for override in overrides:
             if not override.startswith("data."):

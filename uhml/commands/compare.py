@@ -107,7 +107,8 @@ def draw(path: Path, runs: Sequence[RunRecord]) -> None:
             if run.loss.values:
                 right.plot(run.loss.steps, run.loss.values, color=colour, alpha=0.2, linewidth=1)
                 right.plot(*_smooth(run), color=colour)
-        left.plot([], [], "o-", color=colour, label=label)
+        # What begins with a line below, matplotlib leaves out of its legends.
+        left.plot([], [], "o-", color=colour, label=f" {label}" if label.startswith("_") else label)
     left.plot([], [], ":", color="black", linewidth=1, label="frozen backbone")
     left.set(title=f"{title(recall) if recall else 'Recall'} of unseen classes, per cent", xlabel="step")
     right.set(title="Loss", xlabel="step")

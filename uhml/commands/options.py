@@ -87,7 +87,7 @@ def overridden(config: Config, overrides: Sequence[str]) -> Config:
     merged = OmegaConf.create(dump_config(config))
     try:
         # Of the user's words alone: a stranger's checkpoint is not to read this environment.
-        changes = OmegaConf.create(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True))
+        changes: Any = OmegaConf.create(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True))
         if OmegaConf.select(changes, "data.dataset", default=config.data.dataset) != config.data.dataset:
             merged.data.root, merged.data.num_classes = None, None
         raw = OmegaConf.to_container(OmegaConf.merge(merged, changes))

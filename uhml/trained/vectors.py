@@ -119,7 +119,9 @@ class Unfinished:
             _write_parquet(out, Vectors(np.load(rows, mmap_mode="r"), paths))
         else:
             with opened_aside(names_of(out)) as file:
-                text = csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape"), lineterminator="\n")
+                # Which end of line is quoted Python's versions do not agree on.
+                style: Any = {"quoting": csv.QUOTE_ALL} if any("\r" in path for path in paths) else {}
+                text = csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape"), lineterminator="\n", **style)
                 text.writerows([["path"], *([path] for path in paths)])
             rows.replace(out)
         shutil.rmtree(self._folder)
@@ -253,6 +255,8 @@ def _read_npy(path: Path) -> Vectors:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as e:
         raise UserError(f"{path} is not a .npy file of numbers.") from e
+    if not isinstance(rows, np.ndarray):
+        raise UserError(f"{path} is an archive of arrays: give the .npy file that uhml embed wrote.")
     names = names_of(path)
     try:
         with names.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
