@@ -127,8 +127,8 @@ def _own_gpu(here: Place) -> int:
 
 
 def _end_at_once(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
     os._exit(status)
 
 

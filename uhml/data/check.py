@@ -111,7 +111,8 @@ def check(config: DataConfig) -> Report:
         Finding("large", f"sides over {LARGE_SIDE} px", [p for p, f in facts.items() if f.long_side > LARGE_SIDE]),
         Finding("tiny", f"sides under {tiny} px", [p for p, f in facts.items() if f.short_side < tiny]),
     ]
-    num_to_train = sum(path not in absent | unreadable for path in splits.train.paths)
+    lost = absent | unreadable
+    num_to_train = sum(path not in lost for path in splits.train.paths)
     return Report(splits, num_to_train, base, findings)
 
 
