@@ -39,9 +39,7 @@ def refusal(path, *overrides):
     return message
 
 
-@pytest.mark.parametrize(
-    "text", ["/x/\U0001f600", "caf\udce9", 'a"b\\c', "a${b}", "$", "1e5", "\x7f\x85 \u00e9", " x ", ""]
-)
+@pytest.mark.parametrize("text", ["/x/\U0001f600", 'a"b\\c', "a${b}", "$", "1e5", "\x7f\x85 \u00e9", " x ", ""])
 def test_a_quoted_value_stands_for_just_this_text(file, text):
     assert (
         load_config(

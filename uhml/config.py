@@ -382,7 +382,7 @@ def load_config(
 
 
 def quoted(text: str) -> str:
-    """Return the text as a value of an override that stands for just this text, whatever is in it."""
+    """Return the text, if it is of UTF-8, as a value of an override that stands for just this text."""
     # Of JSON's way YAML does not know the pairs for what lies beyond 16 bits, and of OmegaConf's ${ it knows nothing.
     plain = (c if " " <= c <= "~" and c not in '"\\' else f"\\U{ord(c):08x}" for c in text.replace("${", "\\${"))
     return f'"{"".join(plain)}"'
