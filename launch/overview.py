@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -185,10 +186,16 @@ def _is_alive(pid: int) -> bool:
 
 def is_controller(pid: int) -> bool:
     """Whether the process that looks after the ranks of a local job is there; its number may be another's by now."""
-    # -ww: as wide as it is, whatever COLUMNS says, for a long path to Python comes before the name.
-    ps = ["ps", "-ww", "-p", str(pid), "-o", "command="]
-    command = subprocess.run(ps, capture_output=True, text=True, check=False)
-    return "submitit.local._local" in command.stdout
+    if sys.platform == "linux":  # where slim images have no ps
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            return False
+    else:
+        # -ww: as wide as it is, whatever COLUMNS says, for a long path to Python comes before the name.
+        ps = ["ps", "-ww", "-p", str(pid), "-o", "command="]
+        command = subprocess.run(ps, capture_output=True, check=False).stdout
+    return b"submitit.local._local" in command
 
 
 def readable(seconds: float) -> str:

@@ -33,6 +33,7 @@ STEP = {
         # A batch script, or a shell under salloc.
         ({k: v for k, v in STEP.items() if k != "SLURM_STEP_ID"}, Place("single")),
         ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, Place("single")),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}, Place("single")),
     ],
 )
 def test_torchrun_comes_before_slurm_and_a_step_of_one_is_single(monkeypatch, variables, expected):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from threadpoolctl import ThreadpoolController
 
+STEP = {"SLURM_STEP_ID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID", "SLURM_PROCID", "SLURM_LOCALID"}
+
 
 class Place(NamedTuple):
     """A process among those of one run.
@@ -37,7 +39,8 @@ def place() -> Place:
         local = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
         return Place("torchrun", int(env["RANK"]), world_size, *local)
     # A shell under salloc and a batch script know of the job's tasks without being one: only srun's steps are.
-    world_size = int(env.get("SLURM_NTASKS", 1)) if "SLURM_STEP_ID" in env else 1
+    # Half of the variables, as a container may pass on, name no place either.
+    world_size = int(env.get("SLURM_NTASKS", 1)) if env.keys() >= STEP else 1
     if world_size > 1:
         here = _tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])]
         return Place("slurm", int(env["SLURM_PROCID"]), world_size, int(env["SLURM_LOCALID"]), here)

@@ -172,7 +172,12 @@ def test_sweep_values():
         combinations(["a.b=1,1"])
 
 
-def test_a_controller_is_known_behind_a_long_path_and_in_a_narrow_terminal(monkeypatch):
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_a_controller_is_known_behind_a_long_path_and_in_a_narrow_terminal(monkeypatch, platform):
+    if platform != sys.platform:
+        if platform == "linux" or shutil.which("ps") is None:
+            pytest.skip("not to be had here")
+        monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setenv("COLUMNS", "80")
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)", "/a/long/path" * 20]
     with subprocess.Popen([*sleeping, "submitit.local._local"]) as named, subprocess.Popen(sleeping) as other:
@@ -182,6 +187,12 @@ def test_a_controller_is_known_behind_a_long_path_and_in_a_narrow_terminal(monke
         finally:
             named.kill()
             other.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="without /proc it takes ps")
+def test_no_controller_is_looked_for_by_ps_which_slim_images_lack(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert not overview.is_controller(os.getpid())
 
 
 @pytest.mark.ddp
