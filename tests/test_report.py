@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer import event_file_writer
 
-from uhml.config import Config, TrainConfig
+from uhml.config import Config, DataConfig, TrainConfig
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.sampling import evenly
 from uhml.hierarchy import average_linkage
@@ -92,7 +92,7 @@ def test_lost_records_are_told_and_do_not_stop_a_run(tmp_path, caplog):
 
 
 def test_the_config_is_in_the_table_of_hyper_parameters_of_the_run_itself(tmp_path):
-    config = Config(train=TrainConfig(seed=7))
+    config = Config(train=TrainConfig(seed=7), data=DataConfig(root="caf\udce9"))
     with Reporter(tmp_path, config) as report:
         saved = {"step": 0, "recorded": report.settle()}
     with Reporter(tmp_path, config, saved):
@@ -103,7 +103,7 @@ def test_the_config_is_in_the_table_of_hyper_parameters_of_the_run_itself(tmp_pa
     values = content["_hparams_/session_start_info"].session_start_info.hparams
     assert values["train.seed"].number_value == 7
     assert values["data.augment_flip"].string_value == "True"
-    assert values["data.root"].string_value == "None"
+    assert values["data.root"].string_value == r"caf\udce9"
     scores = [info.name.tag for info in content["_hparams_/experiment"].experiment.metric_infos]
     assert scores[0] == "unseen_ball/recall_at_1"
 

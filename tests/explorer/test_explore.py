@@ -14,8 +14,10 @@ import pytest
 from pages import read_page
 
 from uhml import cli
+from uhml.commands import explore
 from uhml.errors import UserError
 from uhml.explorer.serve import server
+from uhml.trained import network
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,39 @@ def test_pictures_that_cannot_be_read_are_left_out_on_demand(labelled_run, tmp_p
     assert f"{paths[3]} is empty (0 bytes). Mend or remove it, or add data.skip_corrupt=true" in caplog.text
     assert cli.main([*words, "data.skip_corrupt=true"]) == 0
     assert read_page(tmp_path / "page.html").meta["num_all"] == len(paths) - 1
+
+
+def test_a_page_is_made_of_a_checkpoint_that_is_gone_by_then_and_of_a_name_that_is_no_utf8(
+    labelled_run, tmp_path, monkeypatch
+):
+    run = tmp_path / "caf\udce9"
+    shutil.copytree(labelled_run, run)
+    embed_share = explore.embed_share
+
+    def overtaken(*args, **options):
+        rows = embed_share(*args, **options)
+        for path in (run / "checkpoints").iterdir():
+            path.unlink()
+        return rows
+
+    monkeypatch.setattr(explore, "embed_share", overtaken)
+    assert cli.main(["explore", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    assert read_page(tmp_path / "page.html").meta["run"] == r"caf\udce9"
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_gives_way_to_the_next(labelled_run, tmp_path, monkeypatch):
+    shutil.copytree(labelled_run, tmp_path / "run")
+    folder, find = tmp_path / "run" / "checkpoints", network.find_checkpoint
+    old = max(folder.glob("step-*.pt"))
+
+    def overtaken(*args):
+        found = find(*args)
+        if old.exists():
+            old.rename(folder / "step-00000099.pt")
+        return found
+
+    monkeypatch.setattr(network, "find_checkpoint", overtaken)
+    assert network.load_trained(str(tmp_path / "run")).checkpoint.name == "step-00000099.pt"
 
 
 def test_the_server_shows_the_page_to_this_machine_alone(tmp_path):

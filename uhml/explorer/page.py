@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uhml import poincare
+from uhml import logs, poincare
 from uhml.explorer.drawing import draw, places
 from uhml.explorer.levels import central_and_unusual, heights, level_counts, shown_levels
 from uhml.explorer.sheets import COLUMNS, PER_SHEET, choose_look, sheets
@@ -115,7 +115,7 @@ def contents(trained: Trained, source: Source, embeddings: Tensor, max_pictures:
         height[level] = heights(tree, drawing.standing, count)[shown]
         arrays[f"height-{i}"] = height
 
-    names, name = short_names(pictures), trained.folder.resolve().name
+    names, name = short_names(pictures), logs.shown(trained.folder.resolve().name)
     meta = {
         "title": f"{name}: {source.part} pictures",
         "run": name,

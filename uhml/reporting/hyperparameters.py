@@ -5,6 +5,7 @@ from typing import Any
 
 from torch.utils.tensorboard.summary import hparams
 
+from uhml import logs
 from uhml.config import Config
 
 
@@ -14,7 +15,7 @@ def summaries(config: Config) -> tuple[Any, Any]:
     The scores are those that the run records in any case.
     """
     values = {
-        f"{section}.{key}": value if type(value) in (int, float) else str(value)
+        f"{section}.{key}": value if type(value) in (int, float) else logs.shown(str(value))
         for section, keys in dataclasses.asdict(config).items()  # type: ignore[call-overload]
         for key, value in keys.items()
     }

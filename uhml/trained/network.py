@@ -54,8 +54,11 @@ def load_trained(source: str, device: torch.device | str = "cpu") -> Trained:
     path, state = find_checkpoint(source, "")
     if not {"config", "step"} <= state.keys():
         raise UserError(f"{path} holds weights alone: name a run's folder, or a checkpoint that a run left.")
-    # Now: the run may go on, and remove it.
-    saved_at = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC)
+    try:
+        saved_at = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC)
+    except FileNotFoundError:
+        # The run, which goes on, has removed it since it was opened, and has newer ones.
+        return load_trained(source, device)
     config = parse_dump(state["config"])
     # Its weights come from the checkpoint: none are to be downloaded first.
     options = dataclasses.replace(config.model, weights="random")  # type: ignore[type-var]
