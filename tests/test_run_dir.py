@@ -76,6 +76,18 @@ def test_an_unfinished_run_goes_on_from_its_newest_whole_checkpoint(unfinished, 
     assert refusal(unfinished, Config()).endswith("checkpoints are damaged. Begin anew with --overwrite.")
 
 
+def test_a_users_copy_of_a_checkpoint_is_not_gone_on_from_and_not_lost(unfinished):
+    newest = unfinished / "checkpoints" / "step-00000004.pt"
+    copy = newest.with_stem("step-00000004_old")
+    copy.write_bytes(newest.read_bytes())
+    with open_run_dir(unfinished, Config()) as run:
+        assert run.checkpoint == newest
+    for path in {*newest.parent.iterdir()} - {copy}:
+        path.unlink()
+    assert f"{copy} is of no step's name: move it elsewhere" in refusal(unfinished, Config())
+    assert copy.exists()
+
+
 def test_fewer_steps_than_are_taken_are_refused(unfinished):
     fewer = dataclasses.replace(Config(), train=TrainConfig(num_steps=3))
     said = refusal(unfinished, fewer, allow_change=["train.num_steps"])

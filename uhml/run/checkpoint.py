@@ -126,7 +126,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.pt"), reverse=True)
+    # Not a user's copy, step-00000100_old.pt.
+    return sorted((p for p in folder.glob("step-*.pt") if p.stem.removeprefix("step-").isdecimal()), reverse=True)
 
 
 def find_checkpoint(source: str, name: str) -> tuple[Path, dict[str, Any]]:

@@ -119,6 +119,8 @@ def _prepare(
             raise UserError(f"{e} Begin anew with --overwrite.") from e
         before = None if overwrite else read_status(run_dir)
         if checkpoint is None:
+            if not overwrite and (copies := sorted((run_dir / "checkpoints").glob("*.pt"))):
+                raise UserError(f"{copies[0]} is of no step's name: move it elsewhere, or add --overwrite.")
             # An earlier launch may have ended before there was anything to go on from: what it said stays.
             _empty(run_dir, keep=(LOCK, LAUNCH) if overwrite else (LOCK, LAUNCH, STATUS, "logs"))
         else:
