@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from uhml import cli
-from uhml.config import FREE_TO_CHANGE, Config, describe_keys, dump_config, load_config, quoted
+from uhml.commands.options import overridden
+from uhml.config import FREE_TO_CHANGE, Config, describe_keys, dump_config, load_config, parse_dump, quoted
 from uhml.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -39,14 +40,29 @@ def refusal(path, *overrides):
     return message
 
 
-@pytest.mark.parametrize("text", ["/x/\U0001f600", 'a"b\\c', "a${b}", "$", "1e5", "\x7f\x85 \u00e9", " x ", ""])
-def test_a_quoted_value_stands_for_just_this_text(file, text):
-    assert (
-        load_config(
-            file("data: {dataset: folder}\n"), [f"model.init_from={quoted(text)}", "data.root=x"]
-        ).model.init_from
-        == text
-    )
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/x/\U0001f600",
+        'a"b\\c',
+        "a${b}",
+        r"\${oc.env:HOME}\\",
+        "${",
+        "$",
+        "1e5",
+        "\x7f\x85 \u00e9",
+        " x ",
+        "",
+    ],
+)
+def test_a_quoted_value_stands_for_just_this_text_from_then_on(file, text):
+    override = f"model.init_from={quoted(text)}"
+    config = load_config(file("data: {dataset: folder}\n"), [override, "data.root=x"])
+    assert config.model.init_from == text
+    assert parse_dump(dump_config(config)) == load_config(file(dump_config(config))) == config
+    override = f"data.root={quoted(text)}"
+    assert overridden(config, [override]).data.root == text
+    assert overridden(overridden(config, [override]), []).data.root == text
 
 
 # Files

@@ -8,8 +8,9 @@ process group, picture or weight is touched.
 import dataclasses
 import difflib
 import math
+import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
@@ -383,9 +384,27 @@ def load_config(
 
 def quoted(text: str) -> str:
     """Return the text, if it is of UTF-8, as a value of an override that stands for just this text."""
-    # Of JSON's way YAML does not know the pairs for what lies beyond 16 bits, and of OmegaConf's ${ it knows nothing.
-    plain = (c if " " <= c <= "~" and c not in '"\\' else f"\\U{ord(c):08x}" for c in text.replace("${", "\\${"))
+    # Of JSON's way YAML does not know the pairs for what lies beyond 16 bits.
+    plain = (c if " " <= c <= "~" and c not in '"\\' else f"\\U{ord(c):08x}" for c in escaped(text))
     return f'"{"".join(plain)}"'
+
+
+def escaped(node: Any) -> Any:
+    """Return plain nested values whose texts OmegaConf takes as they are, also where it would find a ``${key}``."""
+    return _each_text(node, lambda text: re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
+
+
+def unescaped(node: Any) -> Any:
+    """Return what :func:`escaped` was given. A ``${key}`` that is not escaped stays: it is not looked up."""
+    return _each_text(node, lambda text: re.sub(r"(?<!\\)((?:\\\\)*)\\\$\{", lambda m: m[1][::2] + "${", text))
+
+
+def _each_text(node: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(node, dict):
+        return {key: _each_text(value, change) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_each_text(value, change) for value in node]
+    return change(node) if isinstance(node, str) else node
 
 
 def _other_configs(path: Path) -> str:
@@ -435,14 +454,14 @@ def check_batch_fits(num_pictures: int, config: Config, num_ranks: int) -> None:
 def dump_config(config: Config) -> str:
     """Return the resolved config as YAML that :func:`load_config` reads back to the same config."""
     plain = TypeAdapter(Config).dump_python(config, mode="json")
-    return OmegaConf.to_yaml(OmegaConf.create(plain))
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(plain)))
 
 
 def parse_dump(text: str) -> Config:
-    """Return the config that :func:`dump_config` wrote."""
+    """Return the config that :func:`dump_config` wrote. Nothing is looked up for it: it may be a stranger's."""
     plain = OmegaConf.to_container(OmegaConf.create(text))
     assert isinstance(plain, dict)
-    return parse_config(plain, "a run's config")
+    return parse_config(unescaped(plain), "a run's config")
 
 
 def refuse_changes(before: Config, now: Config, allowed: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from uhml import distributed
-from uhml.config import Config, dump_config, parse_config
+from uhml.config import Config, dump_config, escaped, parse_config, unescaped
 from uhml.errors import UserError, did_you_mean, known_everywhere
 from uhml.run import interruption
 from uhml.trained import Trained, load_trained
@@ -87,10 +87,11 @@ def overridden(config: Config, overrides: Sequence[str]) -> Config:
     merged = OmegaConf.create(dump_config(config))
     try:
         # Of the user's words alone: a stranger's checkpoint is not to read this environment.
-        changes: Any = OmegaConf.create(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True))
+        typed = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
+        changes: Any = OmegaConf.create(escaped(typed))
         if OmegaConf.select(changes, "data.dataset", default=config.data.dataset) != config.data.dataset:
             merged.data.root, merged.data.num_classes = None, None
-        raw = OmegaConf.to_container(OmegaConf.merge(merged, changes))
+        raw = unescaped(OmegaConf.to_container(OmegaConf.merge(merged, changes)))
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as e:
         raise UserError(f"The overrides are no valid YAML: {' '.join(str(e).split())}") from e
     return parse_config(cast(dict[Any, Any], raw), "the run's config")
