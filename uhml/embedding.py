@@ -19,7 +19,7 @@ from uhml.data.loading import share_loader
 from uhml.data.pictures import Pictures
 from uhml.data.transforms import plain_transform
 from uhml.data.workers import next_together
-from uhml.errors import known_everywhere
+from uhml.errors import UserError, known_everywhere
 from uhml.model import Embedder
 from uhml.progress import progress
 from uhml.trained import Trained
@@ -194,10 +194,17 @@ def embed_to_file(
 
 
 def what_rows_depend_on(trained: Trained, pictures: Pictures) -> dict[str, str]:
-    """Return what tells rows of one network and of some pictures from those of others."""
+    """Return what tells rows of one network and of some pictures from those of others.
+
+    Raises:
+        UserError: the run, which goes on, has removed the checkpoint meanwhile.
+    """
     data = trained.config.data
-    with trained.checkpoint.open("rb") as file:
-        checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with trained.checkpoint.open("rb") as file:
+            checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as e:
+        raise UserError(f"{trained.checkpoint} is gone: its run has newer ones; start the same command again.") from e
     return {
         "checkpoint": checkpoint,
         "pictures": hashlib.sha256("\0".join(pictures.paths).encode(errors="surrogateescape")).hexdigest(),

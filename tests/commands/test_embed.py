@@ -17,6 +17,7 @@ from launched import uhml
 from PIL import Image
 
 from uhml import cli
+from uhml.commands import embed as command
 from uhml.commands.options import overridden
 from uhml.config import load_config, parse_config
 from uhml.data.decode import load_rgb
@@ -250,6 +251,18 @@ def test_a_checkpoint_reads_nothing_of_the_environment(monkeypatch):
     config = parse_config({"data": {"dataset": "folder", "root": "${oc.env:SECRET}"}}, "a stranger's")
     assert overridden(config, ["data.num_workers=0"]).data.root == "${oc.env:SECRET}"
     assert overridden(config, ["data.root=${oc.env:SECRET}"]).data.root == "hunter2"
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_told_of(run_copy, shapes, tmp_path, monkeypatch, capsys):
+    list_images = command.list_images
+
+    def overtaken(*args):
+        shutil.rmtree(run_copy / "checkpoints")
+        return list_images(*args)
+
+    monkeypatch.setattr(command, "list_images", overtaken)
+    assert cli.main(["embed", str(run_copy), "--images", str(shapes), "--out", str(tmp_path / "v.npy")]) == 2
+    assert "is gone: its run has newer ones; start the same command again" in capsys.readouterr().err
 
 
 def test_a_home_that_nobody_has(finished_run, tmp_path, capsys):

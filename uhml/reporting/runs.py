@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from uhml.config import FREE_TO_CHANGE
+from uhml.config import FREE_TO_CHANGE, unescaped
 from uhml.errors import UserError, did_you_mean
 from uhml.run.status import read_status
 
@@ -145,7 +145,7 @@ def spread(group: Sequence[RunRecord], score: str, kind: Scored = "trained") -> 
 def _read_settings(path: Path) -> dict[str, Any]:
     # Not as strictly as a config that is to be used: an older run may have had other keys.
     try:
-        sections = OmegaConf.to_container(OmegaConf.load(path))
+        sections = unescaped(OmegaConf.to_container(OmegaConf.load(path)))
     except (OmegaConfBaseException, YAMLError) as e:
         raise UserError(f"{path} is damaged: {' '.join(str(e).split())}") from e
     if not isinstance(sections, dict) or not all(isinstance(keys, dict) for keys in sections.values()):
