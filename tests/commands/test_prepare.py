@@ -418,6 +418,9 @@ def test_what_is_refused(cub, tmp_path, caplog, monkeypatch):
     refused("there is no such file", "cub200", "--archive", tmp_path / "absent.zip")
     same = ("--url", "https://a.example/x.zip", "--url", "https://b.example/x.zip")
     refused("Two --url end in the same name", "cub200", *same)
+    assert uhml("cub200", "--root", "~nobody-here/data") == 2
+    assert "nobody knows what folder ~ stands for" in caplog.text
+    assert not Path("~nobody-here").exists()
 
 
 def test_the_parts_of_in_shop_find_their_places(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from uhml.data.official import OFFICIAL
 from uhml.data.prepare import prepare
+from uhml.files import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: as :func:`uhml.data.prepare.prepare`.
     """
-    prepared = prepare(args.dataset, args.root, args.url, args.archive)
+    prepared = prepare(args.dataset, expanded(args.root), args.url, args.archive)
     official = OFFICIAL[args.dataset]
     counts = ", ".join(f"{count:,} {part}" for part, count in official.pictures.items())
     logger.info("%s is complete, %s pictures: data.root=%s", args.dataset, counts, prepared.folder)
