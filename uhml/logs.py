@@ -51,11 +51,19 @@ def to_terminal() -> Iterator[None]:
             logging.captureWarnings(False)
 
 
+class _Kept(logging.FileHandler):
+    """A log of which a full disk takes the rest: whatever ends the run by it is told on the terminal, once."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging calls it so)
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 @contextlib.contextmanager
 def to_file(path: Path) -> Iterator[None]:
     """Write everything that is logged in this process to ``path`` too, and the traceback if it ends in an error."""
     with _attached(
-        logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"),
+        _Kept(path, encoding="utf-8", errors="backslashreplace"),
         "%(asctime)s %(levelname)s %(name)s: %(message)s",
     ):
         try:
