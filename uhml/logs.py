@@ -54,7 +54,7 @@ def to_terminal() -> Iterator[None]:
 class _Kept(logging.FileHandler):
     """A log of which a full disk takes the rest: whatever ends the run by it is told on the terminal, once."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging calls it so)
+    def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 
