@@ -127,10 +127,10 @@ def _state_in_slurm(record: JobRecord, status: RunStatus | None, job: slurm.Job)
         return "running", _silence(status)
     if job.state == "CANCELLED":
         return "cancelled", ""
-    words = _last_words(record) if job.state == "FAILED" else ""
-    if told == "preempted" and not words:
+    words = _last_words(record)
+    if told == "preempted" and not (words and job.state == "FAILED"):
         return "preempted", f"SLURM says {job.state}; launch it again to go on"
-    return "failed", _last_words(record) or f"SLURM says {job.state}; see {record.jobs}"
+    return "failed", words or f"SLURM says {job.state}; see {record.jobs}"
 
 
 def _state_of_local_job(record: JobRecord, status: RunStatus | None, alive: bool) -> tuple[State, str]:

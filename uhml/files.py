@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -13,7 +14,7 @@ PLOT_SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
 
 
 @contextlib.contextmanager
-def opened_aside(path: Path, mark: str = "") -> Iterator[IO[bytes]]:
+def opened_aside(path: Path, *, shared: bool = False) -> Iterator[IO[bytes]]:
     """Open a file that takes its place at ``path`` when the block ends well; otherwise nothing has happened.
 
     It is written aside, forced to the disk and renamed: who opens ``path`` at any time, also after the machine lost its
@@ -21,8 +22,9 @@ def opened_aside(path: Path, mark: str = "") -> Iterator[IO[bytes]]:
 
     Args:
         path: the file.
-        mark: in the name of the file aside, where several processes may write to ``path`` at a time: of this one.
+        shared: whether several processes, on whatever machines, may write to ``path`` at a time.
     """
+    mark = f".{secrets.token_hex(8)}" if shared else ""
     aside = path.with_name(f"{path.name}{mark}.partial")
     try:
         with aside.open("wb") as file:

@@ -46,11 +46,11 @@ class ClusterBatches:
         self.clusters_together = clusters_together
         # In this order every cluster of every level is one run of pictures, since the levels are nested.
         self.order = np.lexsort(levels)
-        starts = _starts_of_runs(levels[0][self.order])
+        starts = starts_of_runs(levels[0][self.order])
         # For each cluster of the finest level the run it lies in, on each level and at last among all pictures.
         self.runs = []  # [2, clusters of the finest level]
         for level in (*levels, np.zeros(num_pictures)):
-            bounds = np.r_[_starts_of_runs(level[self.order]), num_pictures]
+            bounds = np.r_[starts_of_runs(level[self.order]), num_pictures]
             at = np.searchsorted(bounds, starts, side="right")
             self.runs.append(np.stack([bounds[at - 1], bounds[at]]))
         # Of the finest clusters, those in one cluster of the coarsest level are a run, too: [2, finest clusters].
@@ -110,6 +110,6 @@ class ClusterBatches:
         return start + random.choice(end - start, min(most, end - start), replace=False)
 
 
-def _starts_of_runs(values: NDArray[np.generic]) -> NDArray[np.int64]:
+def starts_of_runs(values: NDArray[np.generic]) -> NDArray[np.int64]:
     """Return where runs of equal values begin."""
     return np.flatnonzero(np.r_[True, values[1:] != values[:-1]])

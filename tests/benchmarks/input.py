@@ -26,7 +26,6 @@ import time
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import torch
 from torchvision.transforms import v2
 
@@ -37,6 +36,7 @@ from uhml import train
 from uhml.config import load_config
 from uhml.data.cache import cache_pictures
 from uhml.data.pictures import Splits
+from uhml.data.sampling import evenly
 from uhml.data.transforms import BICUBIC, training_transform
 from uhml.data.verify import list_pictures
 from uhml.distributed import process_group
@@ -60,7 +60,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     config = without_end(load_config(args.config, args.overrides))
     everything = list_pictures(config.data).train
-    rows = np.linspace(0, len(everything) - 1, min(args.pictures, len(everything))).astype(int)
+    rows = evenly(len(everything), args.pictures)
     files = dataclasses.replace(everything.select(rows), cached=None)
     with process_group(config.train.device) as device, tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -28,7 +28,6 @@ from pathlib import Path
 from unittest import mock
 
 import matplotlib
-import numpy as np
 import torch
 
 matplotlib.use("Agg")
@@ -36,6 +35,7 @@ import matplotlib.pyplot as plt
 
 from uhml import train
 from uhml.config import load_config
+from uhml.data.sampling import evenly
 from uhml.data.verify import list_pictures
 from uhml.environment import keep_freed_memory
 from uhml.loss import HierarchicalLoss
@@ -71,7 +71,7 @@ def plain(args):
 
 def some_pictures(config):
     pictures = list_pictures(config.data).train
-    return pictures.select(np.linspace(0, len(pictures) - 1, min(FITTED, len(pictures))).astype(int))
+    return pictures.select(evenly(len(pictures), FITTED))
 
 
 def device_of(config):

@@ -64,11 +64,12 @@ def run(args: argparse.Namespace) -> None:
         def check() -> None:
             check_out(out, "--out", SUFFIXES, args.overwrite)
             require_parquet(out)
+            if out.suffix.lower() != ".npy":
+                return
             names = names_of(out)
-            if out.suffix.lower() == ".npy" and names.resolve() == args.images.resolve():
+            if names.resolve() == args.images.resolve():
                 raise UserError(f"--out {out} would have {names} name its rows, the list itself: name another file.")
-            is_begun = unfinished_folder(out).exists()
-            if out.suffix.lower() == ".npy" and names.exists() and not (args.overwrite or is_begun):
+            if names.exists() and not (args.overwrite or unfinished_folder(out).exists()):
                 raise UserError(f"{names}, for the names of the pictures, is there already: add --overwrite.")
 
         distributed.on_main(check)

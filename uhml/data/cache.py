@@ -12,7 +12,6 @@ import hashlib
 import logging
 import os
 import random
-import secrets
 import shutil
 import time
 from collections.abc import Sequence
@@ -230,7 +229,7 @@ def _write(file: Path, paths: Sequence[str], reduce_to: int | None) -> None:
     A picture that cannot be decoded has height and width 0.
     """
     table = np.zeros((len(paths), 3), np.int64)
-    with opened_aside(file, f".{secrets.token_hex(8)}") as out:
+    with opened_aside(file, shared=True) as out:
         out.write(table.tobytes())
         for row, path in enumerate(paths):
             table[row, 0] = out.tell()

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import posixpath
-import secrets
 import tarfile
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
@@ -153,7 +152,7 @@ def _kept(shard: str, file: IO[bytes], stamp: Stamp) -> Index:
         raise UserError(f"The shard {shard} changes while it is read: wait until it is written.")
     try:
         keep.parent.mkdir(parents=True, exist_ok=True)
-        with opened_aside(keep, f".{secrets.token_hex(8)}") as out:
+        with opened_aside(keep, shared=True) as out:
             np.save(out, rows)
     except OSError as e:
         logger.warning("What %s holds cannot be kept in %s (%s), and is read anew each time", shard, keep.parent, e)

@@ -84,13 +84,13 @@ def differences(name: str, splits: Splits) -> list[str]:
     Returns:
         A clause for each number that is another: ``["5,863 train pictures instead of 5,864"]``.
     """
-    official, said = OFFICIAL[name], []
+    official, parts, said = OFFICIAL[name], splits.parts, []
     for part, expected in official.pictures.items():
-        found = len(splits.parts.get(part, ()))
+        found = len(parts.get(part, ()))
         if found != expected:
             said.append(f"{found:,} {part} pictures instead of {expected:,}")
     for part, expected in zip(("train", "test"), official.classes, strict=True):
-        pictures = splits.parts.get(part)
+        pictures = parts.get(part)
         found = 0 if pictures is None or pictures.labels is None else len(np.unique(pictures.labels))
         if found != expected:
             said.append(f"{found:,} {part} classes instead of {expected:,}")

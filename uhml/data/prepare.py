@@ -65,8 +65,9 @@ def prepare(name: str, root: Path, urls: Sequence[str], archives: Sequence[Path]
     if len(named) < len(urls):
         raise UserError("Two --url end in the same name of a file: give one of the files as --archive.")
     # What the user has fetched into the root already is not fetched again.
-    here = {file.resolve(): file for file in [*(root / name for name in named if (root / name).is_file()), *archives]}
-    downloads = {downloaded / name: url for name, url in named.items() if not (root / name).is_file()}
+    fetched = {name: root / name for name in named if (root / name).is_file()}
+    here = {file.resolve(): file for file in [*fetched.values(), *archives]}
+    downloads = {downloaded / name: url for name, url in named.items() if name not in fetched}
     downloaded.mkdir(parents=True, exist_ok=True)
     try:
         for file, url in downloads.items():

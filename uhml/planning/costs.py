@@ -26,7 +26,6 @@ HALF, FLOAT, DOUBLE, INT = 2, 4, 8, 8
 SPRITES = 7
 # Bytes of a picture's path as a Python string of some 70 letters, and of what points to it.
 NAME = 130
-# Batches that each worker process of a training loader has ready.
 # Approximate search against exact search of a million points, and how it grows: tests/benchmarks/hierarchy.py.
 APPROXIMATE_GAIN_AT_MILLION = 37
 APPROXIMATE_GROWTH = 1.5

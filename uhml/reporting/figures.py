@@ -13,6 +13,7 @@ from torchvision.utils import make_grid
 
 from uhml.data.pictures import Pictures
 from uhml.data.sampling import evenly
+from uhml.mining import starts_of_runs
 from uhml.reporting.sheets import thumbnail
 
 SHEET_CLUSTERS, SHEET_PICTURES, THUMBNAIL = 10, 12, 64
@@ -102,7 +103,7 @@ def draw_batch(batch: NDArray[np.int64], levels: NDArray[np.int32], pictures: Pi
 
 def _draw_bars(axes: Axes, clusters: NDArray[np.int32], sizes: NDArray[np.int64], left: float, colour: tuple) -> None:
     """Draw a bar along each run of rows of one cluster."""
-    starts = np.flatnonzero(np.r_[True, clusters[1:] != clusters[:-1]])
+    starts = starts_of_runs(clusters)
     for start, end in zip(starts, [*starts[1:], len(clusters)], strict=True):
         axes.add_patch(Rectangle((left + 0.2, start + 0.06), 0.5, end - start - 0.12, color=colour))
         ink = "white" if sum(colour[:3]) < 1.5 else "black"
