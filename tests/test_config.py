@@ -65,6 +65,15 @@ def test_a_quoted_value_stands_for_just_this_text_from_then_on(file, text):
     assert overridden(overridden(config, [override]), []).data.root == text
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "is no YAML: "), ("- 1", "is no mapping"), (5, "is no YAML"), ("data: {rot: x}", "data.root")],
+)
+def test_what_a_stranger_calls_a_config(text, said):
+    with pytest.raises(UserError, match=said):
+        parse_dump(text)
+
+
 # Files
 
 

@@ -25,6 +25,7 @@ STEP = {
     [
         ({}, Place("single")),
         ({"RANK": "0"}, Place("single")),
+        ({"RANK": "", "WORLD_SIZE": ""}, Place("single")),
         (TORCHRUN, Place("torchrun", 5, 8, 1, 4)),
         (STEP, Place("slurm", 3, 5, 1, 2)),
         ({**STEP, "SLURM_PROCID": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "2"}, Place("slurm", 4, 5, 0, 1)),

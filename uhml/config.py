@@ -462,9 +462,17 @@ def dump_config(config: Config) -> str:
 
 
 def parse_dump(text: str) -> Config:
-    """Return the config that :func:`dump_config` wrote. Nothing is looked up for it: it may be a stranger's."""
-    plain = OmegaConf.to_container(OmegaConf.create(text))
-    assert isinstance(plain, dict)
+    """Return the config that :func:`dump_config` wrote. Nothing is looked up for it: it may be a stranger's.
+
+    Raises:
+        UserError: it wrote something else.
+    """
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(text))
+    except (OmegaConfBaseException, YAMLError) as e:
+        raise UserError(f"The config in the checkpoint is no YAML: {' '.join(str(e).split())[:200]}") from e
+    if not isinstance(plain, dict):
+        raise UserError("The config in the checkpoint is no mapping of sections.")
     return parse_config(unescaped(plain), "a run's config")
 
 

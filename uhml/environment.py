@@ -34,7 +34,7 @@ class Place(NamedTuple):
 def place() -> Place:
     """Return this process's place: by torchrun's variables, then by SLURM's, then as a single one."""
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
+    if env.get("RANK") and env.get("WORLD_SIZE"):
         world_size = int(env["WORLD_SIZE"])
         local = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
         return Place("torchrun", int(env["RANK"]), world_size, *local)

@@ -1,6 +1,9 @@
-"""Files that are never found half written, and where they can be written."""
+"""Files that are never found half written, where they can be written, and folders that one process has."""
 
 import contextlib
+import errno
+import fcntl
+import logging
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -8,6 +11,11 @@ from pathlib import Path
 from typing import IO
 
 from uhml.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+HELD = (errno.EACCES, errno.EAGAIN)
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
 """Of figures without photographs in them."""
@@ -46,6 +54,22 @@ def write_whole(path: Path, text: str) -> None:
     """Write a small file, as :func:`opened_aside` does."""
     with opened_aside(path) as file:
         file.write(text.encode())
+
+
+def is_taken(folder: Path, file: IO[str]) -> bool:
+    """Lock a file in a folder, until it is closed or this process ends, and return whether another process has it.
+
+    A lock of POSIX's, not of BSD's: worker processes would keep that one alive after this process is killed.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in HELD:
+            return True
+        if e.errno not in NO_LOCKS:
+            raise
+        logger.warning("The file system of %s has no locks: nothing keeps a second command out of it.", folder)
+    return False
 
 
 def check_out(path: Path, option: str, suffixes: Sequence[str], overwrite: bool) -> None:

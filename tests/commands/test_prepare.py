@@ -8,6 +8,8 @@ import json
 import re
 import shutil
 import stat
+import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
@@ -218,6 +220,21 @@ def test_a_command_that_is_cut_goes_on_where_it_stopped(cub, server, tmp_path, c
     server.cuts = []
     assert uhml("cub200", "--root", tmp_path / "root") == 0
     assert server.asked[-1] == "bytes=60000-"
+    check_complete(tmp_path / "root")
+
+
+def test_a_second_command_waits_for_its_turn(cub, tmp_path, caplog):
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    downloaded = tmp_path / "root" / ".CUB_200_2011.downloaded"
+    downloaded.mkdir(parents=True)
+    words = [sys.executable, "-c", holder, str(downloaded / "lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert uhml("cub200", "--root", tmp_path / "root") == 2
+        assert f"Another uhml prepare is at work in {downloaded}: wait" in caplog.text
+        assert left_in(downloaded) == ["lock"]
+        other.kill()
+    assert uhml("cub200", "--root", tmp_path / "root") == 0
     check_complete(tmp_path / "root")
 
 

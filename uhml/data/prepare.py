@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -14,6 +14,7 @@ from uhml.data.datasets import load_splits
 from uhml.data.download import download
 from uhml.data.official import OFFICIAL, Official, differences
 from uhml.errors import UserError, did_you_mean
+from uhml.files import is_taken
 from uhml.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -39,8 +40,8 @@ def prepare(name: str, root: Path, urls: Sequence[str], archives: Sequence[Path]
         archives: files of it that need no download.
 
     Raises:
-        UserError: the data set cannot be had in this way, a file is not what its authors published, or pictures are
-            missing. What was downloaded is kept.
+        UserError: the data set cannot be had in this way, a file is not what its authors published, pictures are
+            missing, or another process is at it. What was downloaded is kept.
     """
     if name not in OFFICIAL:
         raise UserError(f"{name} is not prepared but one of {', '.join(OFFICIAL)}.{did_you_mean(name, OFFICIAL)}")
@@ -68,8 +69,7 @@ def prepare(name: str, root: Path, urls: Sequence[str], archives: Sequence[Path]
     fetched = {name: root / name for name in named if (root / name).is_file()}
     here = {file.resolve(): file for file in [*fetched.values(), *archives]}
     downloads = {downloaded / name: url for name, url in named.items() if name not in fetched}
-    downloaded.mkdir(parents=True, exist_ok=True)
-    try:
+    with _alone_in(downloaded):
         for file, url in downloads.items():
             if not file.exists():
                 download(url, file)
@@ -88,10 +88,23 @@ def prepare(name: str, root: Path, urls: Sequence[str], archives: Sequence[Path]
             shutil.rmtree(aside, ignore_errors=True)
         for file in downloads:
             file.unlink()
-    finally:
-        with contextlib.suppress(OSError):
-            downloaded.rmdir()  # if nothing in it is to be gone on with
     return Prepared(folder, sha256)
+
+
+@contextlib.contextmanager
+def _alone_in(downloaded: Path) -> Iterator[None]:
+    """Make the folder of the downloads, for one process at a time; remove it if nothing in it is to be gone on with."""
+    downloaded.mkdir(parents=True, exist_ok=True)
+    lock = downloaded / "lock"
+    with lock.open("a") as file:
+        if is_taken(downloaded, file):
+            raise UserError(f"Another uhml prepare is at work in {downloaded}: wait until it ends.")
+        try:
+            yield
+        finally:
+            lock.unlink()
+            with contextlib.suppress(OSError):
+                downloaded.rmdir()
 
 
 def _check_complete(name: str, folder: Path, sentence: str) -> None:

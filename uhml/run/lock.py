@@ -1,38 +1,16 @@
 """One process at a time in a run's folder. Imports no torch."""
 
 import contextlib
-import errno
 import fcntl
-import logging
 import time
 from pathlib import Path
 from typing import IO
 
 from uhml.errors import UserError
+from uhml.files import is_taken
 from uhml.run.status import read_status
 
-logger = logging.getLogger(__name__)
-
 LOCK = "lock"
-
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-HELD = (errno.EACCES, errno.EAGAIN)
-
-
-def is_taken(folder: Path, file: IO[str]) -> bool:
-    """Lock a file in a folder, until it is closed or this process ends, and return whether another process has it.
-
-    A lock of POSIX's, not of BSD's: worker processes would keep that one alive after this process is killed.
-    """
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        if e.errno in HELD:
-            return True
-        if e.errno not in NO_LOCKS:
-            raise
-        logger.warning("The file system of %s has no locks: nothing keeps a second command out of it.", folder)
-    return False
 
 
 def lock(run_dir: Path, stack: contextlib.ExitStack) -> None:

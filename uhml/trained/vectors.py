@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 
 from uhml.data.decode import stamp
 from uhml.errors import UserError
-from uhml.files import opened_aside, write_whole
-from uhml.run.lock import is_taken
+from uhml.files import is_taken, opened_aside, write_whole
 
 logger = logging.getLogger(__name__)
 
