@@ -200,10 +200,10 @@ def is_controller(pid: int) -> bool:
 
 def readable(seconds: float) -> str:
     """Return a duration for people: "3 d 4 h", "2 h 5 min", "40 s"."""
-    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    units, whole = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)), round(seconds)
     for i, (unit, size) in enumerate(units):
-        if seconds >= size or unit == "s":
-            many, rest = divmod(round(seconds), size)
+        if whole >= size or unit == "s":
+            many, rest = divmod(whole, size)
             smaller = units[i + 1 : i + 2]
             finer = (
                 f" {rest // smaller[0][1]} {smaller[0][0]}"

@@ -9,6 +9,7 @@ import signal
 import time
 
 import pytest
+import torch
 
 from uhml.config import load_config
 from uhml.errors import UserError
@@ -40,6 +41,18 @@ def test_answers_errors_and_logs_come_back_from_one_process_which_ends_with_the_
         background.start(functools.partial(time.sleep, 1000))
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_work_takes_as_many_threads_as_the_run_has():
+    threads = torch.get_num_threads()
+    try:
+        with Background() as background:
+            for number in (threads + 1, threads + 2):
+                torch.set_num_threads(number)
+                background.start(torch.get_num_threads)
+                assert background.result() == number
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("when", ["at work", "idle"])

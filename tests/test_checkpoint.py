@@ -256,3 +256,8 @@ def test_fingerprint_is_of_names_below_the_folder_that_holds_all(tmp_path, monke
     gallery = Pictures(paths=("a/4.png",))
     with_gallery = Splits(train=splits.train, test=splits.test, gallery=gallery)
     assert fingerprint(with_gallery) == [*fingerprint(splits), (1, hashlib.sha256(b"/a/4.png").hexdigest())]
+
+
+def test_fingerprint_is_of_the_order_too():
+    ab, ba = (Splits(train=Pictures(paths=paths)) for paths in (("a.png", "b.png"), ("b.png", "a.png")))
+    assert fingerprint(ab) != fingerprint(ba)

@@ -92,6 +92,12 @@ def test_every_config_that_comes_with_uhml_is_right(path, monkeypatch):
         assert "data.root is missing" in refusal(path)
 
 
+@pytest.mark.parametrize("name", ["list", "shards"])
+def test_pictures_of_ones_own_are_learned_from_alike_however_they_are_kept(name):
+    as_folder, found = (load_config(CONFIGS / f"{n}.yaml", ["data.root=x"]) for n in ("folder", name))
+    assert dataclasses.replace(found, data=dataclasses.replace(found.data, dataset="folder")) == as_folder
+
+
 def test_there_are_configs():
     names = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
     assert {f"{name}.yaml" for name in ("quickstart", "folder", "cub200", "cars196", "sop", "inshop")} <= names

@@ -1,3 +1,4 @@
+import datetime
 import subprocess
 import sys
 import time
@@ -166,6 +167,17 @@ def _parallel_gradient():
     return model.weight.grad
 
 
+def _sum_of_unlike_layouts():
+    value = torch.arange(6.0).reshape(2, 3)
+    return distributed.all_reduce_sum(value if distributed.is_main() else value.T.contiguous().T)
+
+
+@pytest.mark.ddp
+def test_a_sum_is_of_elements_however_each_rank_lays_them_out():
+    for found in run_ranks(_sum_of_unlike_layouts, 2):
+        assert torch.equal(found, 2 * torch.arange(6.0).reshape(2, 3))
+
+
 @pytest.mark.ddp
 def test_data_parallel_averages_gradients_over_ranks():
     (alone,) = run_ranks(_parallel_gradient, 1)
@@ -329,3 +341,22 @@ def test_the_helper_of_these_tests_reports_the_failing_rank_and_never_hangs():
         run_ranks(_raise_on_rank_1, 2)
     with pytest.raises(pytest.fail.Exception, match=r"ranks \[0, 1\] of 2 did not end in time"):
         run_ranks(_hang, 2, timeout=4)
+
+
+def _patience():
+    """How long the ranks wait for rank 0 in :func:`uhml.distributed.on_main`."""
+    groups, broadcast = [], distributed.dist.broadcast_object_list
+
+    def noting(*arguments, group=None, **options):
+        groups.append(group)
+        broadcast(*arguments, group=group, **options)
+
+    distributed.dist.broadcast_object_list = noting
+    distributed.on_main(lambda: None)
+    (group,) = groups
+    return None if group is None else group._get_backend(torch.device("cpu")).options._timeout
+
+
+@pytest.mark.ddp
+def test_the_ranks_wait_for_days_while_rank_0_clusters():
+    assert run_ranks(_patience, 2) == [datetime.timedelta(days=7)] * 2

@@ -11,7 +11,7 @@ from uhml import distributed
 from uhml.config import DataConfig
 from uhml.data.loading import TrainingBatches, share_loader
 from uhml.data.pictures import Pictures
-from uhml.data.transforms import plain_transform, training_transform
+from uhml.data.transforms import plain_transform, reduced, training_transform
 
 N, B, STEPS = 11, 8, range(3, 6)
 CONFIG = DataConfig(image_size=16, augment_color=0.4)
@@ -197,6 +197,26 @@ def test_some_pictures_lose_their_colours():
     grey = (seen[:, 0] == seen[:, 1]).all((1, 2))
     assert 8 <= grey.sum() <= 32
     assert (seen[~grey] == seen[~grey][0]).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "smaller"), [((20, 50), (20, 50)), ((24, 50), (24, 50)), ((48, 96), (24, 48)), ((96, 48), (48, 24))]
+)
+def test_only_pictures_whose_shorter_side_is_longer_are_reduced(size, smaller):
+    assert reduced(Image.new("RGB", size), 24).size == smaller
+    assert reduced(Image.new("RGB", size), None).size == size
+
+
+def test_a_crop_of_all_of_a_picture_is_the_plain_one():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    whole = {"augment_scale": (1.0, 1.0), "augment_ratio": (1.0, 1.0), "augment_flip": False}
+    config = DataConfig(image_size=16, fit="squash", **whole)
+    assert torch.equal(training_transform(config, *NEUTRAL)(image), plain_transform(config, *NEUTRAL)(image))
+
+
+def test_colours_may_change_more_than_hues_can():
+    image = Image.fromarray(np.full((16, 16, 3), (200, 100, 0), np.uint8))
+    assert training_transform(DataConfig(image_size=16, augment_color=4.0), *NEUTRAL)(image).isfinite().all()
 
 
 def test_augmentation_follows_the_config():

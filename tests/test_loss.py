@@ -131,6 +131,15 @@ def test_duplicates_have_a_finite_loss_and_gradient(curvature):
     assert float(total.detach()) == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_distance_of_0_counts_as_a_thousandth():
+    similarity, is_self = torch.tensor([[2, 1, 0]]), torch.tensor([[True, False, False]])
+    duplicate, near, less_near = (
+        float(HierarchicalLogRatioLoss(0.8, 2)(torch.tensor([[0.0, d, 1.0]]), similarity, is_self)[0])
+        for d in (0.0, 1e-3, 2e-3)
+    )
+    assert duplicate == near > less_near
+
+
 @pytest.mark.parametrize("level", [0, 2])
 def test_anchors_without_triplets_cost_nothing(level):
     distances = torch.rand(3, 3, dtype=torch.float64) + 0.1
@@ -218,6 +227,14 @@ def test_value_and_gradient_over_ranks_and_blocks_are_those_of_one_matrix(world_
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_of_pictures_travel_exactly_with_their_points(dtype):
+    points, numbers = torch.rand(4, 3, dtype=dtype), torch.tensor([0, 2**24 + 1, 2**30 + 7, 2**31 - 1])
+    batch = Batch.over_ranks(points, numbers)
+    assert torch.equal(batch.indices, numbers)
+    assert torch.equal(batch.points, points)
+
+
 def test_blocks_are_each_row_once_and_no_larger_than_asked(monkeypatch):
     for pairs_at_once, size in ((1, 1), (16, 1), (47, 2), (80, 5), (10**6, 6)):
         monkeypatch.setattr(loss_module, "PAIRS_AT_ONCE", pairs_at_once)
@@ -241,6 +258,13 @@ def test_contrast_of_views_is_cross_entropy_against_pictures_of_other_finest_clu
         expected += float(nn.functional.cross_entropy(logits[None], torch.tensor([0])))
     found = ViewContrast(sharpness, 3)(distances, similarity, torch.eye(len(pictures), dtype=torch.bool))
     assert float(found) == pytest.approx(expected, rel=1e-9)
+
+
+def test_contrast_is_the_mean_over_a_pictures_other_views():
+    # Three views of the anchor's picture, itself the first, and one other picture.
+    distances, similarity = torch.tensor([[0.0, 1.0, 2.0, 4.0]]), torch.tensor([[2, 2, 2, 0]])
+    found = ViewContrast(1.0, 2)(distances, similarity, torch.tensor([[True, False, False, False]]))
+    assert float(found) == pytest.approx((math.log(1 + 1 / 4) + math.log(1 + 2 / 4)) / 2)
 
 
 def test_contrast_is_nothing_where_a_picture_has_one_view():

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from ranks import run_ranks
+from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 
 from uhml import metrics
@@ -212,6 +213,13 @@ def test_k_means_of_the_ball_is_in_the_tangent_space(monkeypatch):
     kmeans_clusters(Embedded(rows, np.array([0, 0, 1, 1])), BALL, 0)
     radius = rows.norm(dim=1, keepdim=True) * math.sqrt(0.1)
     torch.testing.assert_close(torch.from_numpy(seen[0]).double(), rows * radius.atanh() / radius, rtol=1e-6, atol=0)
+
+
+def test_clusters_are_those_of_twenty_rounds_from_one_random_start():
+    queries = pictures(300, 12, 5)
+    rows = torch.nn.functional.normalize(queries.rows.double()).float().numpy()
+    expected = KMeans(12, init="random", n_init=1, max_iter=20, random_state=3).fit_predict(rows)
+    assert normalized_mutual_info_score(kmeans_clusters(queries, COSINE, 3), expected) == pytest.approx(1)
 
 
 def test_nmi_is_scikit_learns_of_clusters_against_classes(monkeypatch):

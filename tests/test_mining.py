@@ -188,6 +188,23 @@ def test_clusters_that_are_drawn_by_themselves_hardly_share_a_level():
     assert pairs_between(4) > 2 * pairs_between(1)
 
 
+def test_single_pictures_fill_up_what_too_few_larger_clusters_leave():
+    # Two pairs and six single pictures, of which a batch takes four clusters.
+    levels = np.array([[0, 0, 1, 1, 2, 3, 4, 5, 6, 7]], np.int32)
+    for step in range(20):
+        clusters = levels[0][ClusterBatches(levels, 4, 1, 0)(step)]
+        assert len(set(clusters.tolist())) == 4
+
+
+def test_relatives_are_of_the_coarsest_level():
+    # Two coarse clusters, each of sixteen finest ones; in between every finest cluster is by itself.
+    finest = np.repeat(np.arange(32), 2)
+    levels = np.stack([finest, finest, finest // 16]).astype(np.int32)
+    for step in range(20):
+        coarse = levels[2][ClusterBatches(levels, 4, 2, 0, 4)(step)]
+        assert len(set(coarse.tolist())) == 1
+
+
 def test_too_few_pictures_are_refused():
     levels = np.zeros((1, 7), np.int32)
     with pytest.raises(UserError, match=r"2 clusters x 4 pictures and there are only 7 training pictures: lower train"):

@@ -267,6 +267,22 @@ def test_the_projector_is_a_normalised_hidden_layer_before_a_head_fitted_to_it()
     torch.testing.assert_close(torch.cat([projector(row[None]) for row in features]), projector(features))
 
 
+def test_the_projectors_head_begins_half_whitened():
+    torch.manual_seed(0)
+    features, projector = correlated(200, 6), Projector(6, 0.1, 2.3)
+    projector.fit(features, features.mean(0), 2.0)
+    hidden = projector.hidden_units(features).detach()
+    variances = torch.linalg.eigvalsh(torch.cov(hidden.T.double())).flip(0)
+    found = projector.head.tangent(hidden).detach().double().var(0)
+    # Each axis divided by its standard deviation to the power of a half: of its variance, the square root is left.
+    torch.testing.assert_close(found[:4] / found[0], (variances / variances[0]).sqrt()[:4], rtol=1e-3, atol=0)
+
+
+def test_what_a_projector_learns_is_two_linear_layers():
+    learned = {name for name, _ in Projector(6, 0.1, 2.3).named_parameters()}
+    assert learned == {f"{layer}.{kind}" for layer in ("hidden.0", "head.linear") for kind in ("weight", "bias")}
+
+
 def test_the_projector_has_128_dimensions_or_as_many_as_the_features():
     assert Projector(12, 0.1, 2.3)(torch.zeros(1, 12)).shape == (1, 12)
     assert Projector(200, 0.1, 2.3)(torch.zeros(1, 200)).shape == (1, 128)

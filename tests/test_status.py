@@ -43,6 +43,17 @@ def test_steps_are_told_once_a_second_with_their_pace(tmp_path, monkeypatch):
     assert (read_status(tmp_path).phase, read_status(tmp_path).step) == ("evaluate", 10)
 
 
+def test_the_pace_is_that_of_the_last_steps_and_no_single_one_s(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(status.time, "monotonic", lambda: now[0])
+    running = report(tmp_path)
+    for step, took in enumerate((1.0, 2.0, 2.0, 12.0), 1):
+        now[0] += took
+        running.step(step)
+    # Two, a tenth of the way to twelve.
+    assert read_status(tmp_path).seconds_per_step == pytest.approx(3.0)
+
+
 def test_the_end_is_told_and_the_next_launch_counts_on(tmp_path):
     for error, state, said in (
         (Preempted(15), "preempted", None),

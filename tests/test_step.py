@@ -3,7 +3,9 @@
 import copy
 import itertools
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
@@ -18,7 +20,7 @@ from uhml.loss import Batch, HierarchicalLogRatioLoss, HierarchicalLoss, global_
 from uhml.model import build_embedder
 from uhml.reporting.profile import STEPS_BEFORE, profiled
 from uhml.run.bank import FeatureBank
-from uhml.run.random_state import random_state
+from uhml.run.random_state import random_state, restore_random_state, seed_generators
 from uhml.run.stepper import Stepper
 from uhml.run.training_state import TrainingState
 from uhml.train import backward, embed_batch, train_step
@@ -76,6 +78,61 @@ def test_both_passes_of_a_micro_batch_draw_the_same_random_numbers(micro_batch_s
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert torch.equal(following, expected_next)
     assert not torch.equal(gradients(0.0, micro_batch_size)[0][0], found[0])
+
+
+def _first_step():
+    torch.manual_seed(0)
+    options = {"backbone": "test_efficientnet.r160_in1k", "weights": "random", "precision": "float32"}
+    config = parse_config({"model": options}, "a test")
+    state = TrainingState(build_embedder(config.model, 32), Splits(train=Pictures(paths=("a", "b"))), config)
+    state.levels = torch.stack([torch.arange(8) // 2, torch.arange(8) // 4]).int()
+    loss = HierarchicalLoss(config.loss, 2, config.mining.num_views)
+    images, pictures = torch.randn(16, 3, 32, 32), torch.arange(16) // 2
+    b = 16 // distributed.world_size()
+    own = slice(distributed.rank() * b, (distributed.rank() + 1) * b)
+    figures, _ = train_step(distributed.data_parallel(state.model), images[own], pictures[own], state, loss, None)
+    return {name: float(figures[name]) for name in ("loss", "gradient_norm", "mean_norm")}
+
+
+@pytest.mark.ddp
+def test_a_step_of_two_ranks_has_the_loss_and_gradient_of_one():
+    # The optimizer would hide a gradient that is some times too large, but the clip of its norm would not.
+    (alone,) = run_ranks(_first_step, 1)
+    assert alone["gradient_norm"] > 1e-3
+    for figures in run_ranks(_first_step, 2):
+        assert figures == pytest.approx(alone, rel=1e-3)
+
+
+@pytest.fixture
+def own_numbers():
+    """What a test does to the generators of random numbers is undone."""
+    before = random_state()
+    yield
+    restore_random_state(before)
+
+
+def drawn():
+    return torch.rand(1).item(), np.random.rand(), random.random()
+
+
+@pytest.mark.usefixtures("own_numbers")
+def test_each_rank_draws_numbers_of_its_own_the_same_in_every_run_of_a_seed():
+    def seeded(seed, rank):
+        seed_generators(seed, rank)
+        return drawn()
+
+    assert seeded(0, 1) == seeded(0, 1)
+    for a, b in itertools.combinations([(0, 0), (0, 1), (1, 0), (1, 1)], 2):
+        assert all(x != y for x, y in zip(seeded(*a), seeded(*b), strict=True))
+
+
+@pytest.mark.usefixtures("own_numbers")
+def test_every_generator_goes_back():
+    before = random_state()
+    first = drawn()
+    assert first != drawn()
+    restore_random_state(before)
+    assert drawn() == first
 
 
 @pytest.mark.parametrize("wrong", [(float("nan"), 1.0), (1.0, float("inf"))])

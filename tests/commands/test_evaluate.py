@@ -12,10 +12,15 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from uhml import cli
+from uhml import evaluate as evaluation
+from uhml.config import Config, EvalConfig, TrainConfig
 from uhml.data.decode import load_rgb
+from uhml.data.pictures import Splits
 from uhml.data.transforms import plain_transform
 from uhml.data.verify import list_pictures
-from uhml.evaluate import by_class, confusions
+from uhml.evaluate import by_class, confusions, find_neighbors, score_unseen
+from uhml.hierarchy.geometry import Geometry
+from uhml.metrics import Embedded
 from uhml.poincare import distance_matrix
 from uhml.reporting.confusion import MATRIX_UP_TO, matrix
 from uhml.reporting.sheets import RIGHT, TILE, WRONG, Answer, Tile, draw_sheet
@@ -182,10 +187,56 @@ def test_scores_of_classes_by_hand():
     ]
 
 
+def test_a_picture_that_has_no_second_of_its_class_is_no_query_of_its_super_class():
+    (found,) = by_class(np.array([0, 0]), ("both",), np.array([True, False]), np.array([0.5, np.nan]))
+    assert (found.pictures, found.recall_at_1, found.map_at_r) == (2, 0.5, 0.5)
+
+
 def test_confusions_by_hand():
     labels, nearest = np.array([0, 0, 0, 0, 1, 1, 2]), np.array([1, 0, 1, 2, 1, 0, 2])
     found = [(p.label, p.taken_for, p.pictures, p.share, p.example) for p in confusions(labels, nearest)]
     assert found == [(0, 1, 2, 0.5, 0), (1, 0, 1, 0.5, 5), (0, 2, 1, 0.25, 3)]
+
+
+def test_of_confusions_the_greatest_share_comes_first_and_not_the_most_pictures():
+    labels, nearest = np.array([0, 0, 0, 0, 1]), np.array([1, 1, 0, 0, 0])
+    assert [(p.label, p.pictures, p.share) for p in confusions(labels, nearest)] == [(1, 1, 1.0), (0, 2, 0.5)]
+
+
+def test_a_query_may_be_found_in_a_gallery_at_its_own_row():
+    points = torch.tensor([[0.0, 0.1], [0.2, 0.0], [0.0, 0.3]])
+    found = find_neighbors(points, points, Geometry("poincare"), 1)
+    assert found.rows[:, 0].tolist() == [0, 1, 2]
+    among_themselves = find_neighbors(points, None, Geometry("poincare"), 1)
+    assert among_themselves.rows[:, 0].tolist() == [2, 0, 0]
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """What there is to score, without a network: forty pictures of four classes, the same for "backbone" and "ball"."""
+    random = np.random.default_rng(0)
+    rows = Embedded(torch.from_numpy(random.uniform(-1, 1, (40, 3))), random.integers(0, 4, 40))
+    kinds = (("backbone", Geometry("cosine")), ("ball", Geometry("poincare", 0.1)))
+    monkeypatch.setattr(evaluation, "_embedded", lambda *_: ((name, space, rows, None) for name, space in kinds))
+    return rows
+
+
+def test_whether_the_nearest_is_right_is_known_whatever_recall_is_asked_for(embedded):
+    found = evaluation.evaluate(None, None, Config(eval=EvalConfig(recall_at=(4, 2))), 1)
+    right = embedded.labels[found.neighbors.rows[:, 0]] == embedded.labels
+    assert np.array_equal(found.is_right, right)
+    assert found.scores["ball"].recall_at_k["1"] == pytest.approx(right.mean())
+    assert set(found.scores["ball"].recall_at_k) == {"1", "2", "4"}
+
+
+def test_the_runs_seed_decides_the_clusters_that_are_scored(embedded):
+    def nmi(seed):
+        config, splits = Config(train=TrainConfig(seed=seed)), Splits(train=None, test=())
+        while_training, after = score_unseen(None, splits, config), evaluation.evaluate(None, splits, config, 1).scores
+        assert while_training["ball"].nmi == after["ball"].nmi
+        return while_training["ball"].nmi
+
+    assert nmi(0) != nmi(1)
 
 
 def test_a_matrix_is_drawn_where_it_can_be_read():

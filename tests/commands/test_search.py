@@ -13,10 +13,11 @@ from PIL import Image
 from uhml import cli, embedding
 from uhml.data.decode import load_rgb
 from uhml.data.images import list_images
+from uhml.data.pictures import Pictures
 from uhml.data.transforms import plain_transform
 from uhml.data.verify import list_pictures
 from uhml.poincare import distance_matrix
-from uhml.trained import load_trained
+from uhml.trained import gallery, load_trained
 from uhml.trained.gallery import embedded_gallery
 from uhml.trained.vectors import read_vectors
 
@@ -217,6 +218,21 @@ def test_a_picture_that_changes_while_the_gallery_is_unfinished(run_copy, shapes
     Image.new("RGB", (40, 40), "red").save(pictures.paths[0])
     found = embedded_gallery(trained, pictures, tmp_path / "gallery")
     torch.testing.assert_close(torch.tensor(found.rows[:1]), embedded(run_copy, pictures.paths[:1]))
+
+
+def test_a_gallery_that_leaves_pictures_out_is_not_taken_where_none_may_be(tmp_path, monkeypatch):
+    made = []
+
+    def embed_to_file(trained, pictures, file, *, skip_corrupt, overwrite):
+        made.append(skip_corrupt)
+        np.save(file, np.zeros((1, 2), np.float32))
+        file.with_suffix(".csv").write_text("path\na.png\n")
+
+    monkeypatch.setattr(gallery, "embed_to_file", embed_to_file)
+    monkeypatch.setattr(gallery, "what_rows_depend_on", lambda *_: {})
+    for skip_corrupt in (True, True, False, False):
+        embedded_gallery(None, Pictures(paths=()), tmp_path / "gallery", skip_corrupt=skip_corrupt)
+    assert made == [True, False]
 
 
 def test_a_name_that_is_no_utf8_is_found_and_shown(run_copy, shapes, tmp_path, capsys):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -146,6 +147,24 @@ def test_a_picture_that_changes_costs_one_file(splits, config, decoded):
     assert set(decoded) == set(splits.train.paths[3:6])
     readable_pictures(splits, replace(config, reduce_to=24))
     assert len(kept(config)) == 2 * NUM_FILES + 1
+
+
+def test_pictures_of_one_size_and_time_are_told_apart_by_their_folders(config, tmp_path):
+    for name in ("red", "blue"):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "0.bmp"
+        Image.new("RGB", (30, 30), name).save(path)
+        os.utime(path, times=(0, 10**9))
+        found = readable_pictures(Splits(train=Pictures(paths=(str(path),))), config).train
+        assert np.array_equal(found.load(0), np.asarray(load_rgb(path)))
+
+
+@pytest.mark.parametrize(("owner", "name"), [(cache, "FORMAT"), (PIL, "__version__")], ids=["format", "pillow"])
+def test_what_another_version_has_decoded_is_not_taken(splits, config, monkeypatch, owner, name):
+    readable_pictures(splits, config)
+    monkeypatch.setattr(owner, name, "another")
+    readable_pictures(splits, config)
+    assert len(kept(config)) == 2 * NUM_FILES
 
 
 def test_what_was_interrupted_goes_on(splits, config, monkeypatch, decoded):

@@ -1,6 +1,7 @@
 import numpy as np
 
-from uhml.data.pictures import Pictures
+from uhml.data.pictures import Pictures, Splits
+from uhml.data.splitting import hold_out
 
 
 def test_classes_are_numbered_by_sorted_name():
@@ -25,3 +26,11 @@ def test_pictures_without_classes():
     assert len(pictures) == 1
     assert pictures.labels is None
     assert pictures.super_labels is None
+
+
+def test_the_last_quarter_of_the_training_classes_is_held_out():
+    names = [f"class {i % 9}" for i in range(18)]
+    train = Pictures.from_names([f"{i}.png" for i in range(18)], names, None)
+    found = hold_out(Splits(train=train, test=None))
+    assert found.test.paths == ("7.png", "8.png", "16.png", "17.png")
+    assert set(found.train.paths) == set(train.paths) - set(found.test.paths)

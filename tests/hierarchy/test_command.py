@@ -116,6 +116,13 @@ def test_quality():
     assert quality.silhouette(x, torch.zeros(400, dtype=torch.int32), space) == 0
 
 
+def test_a_point_by_itself_counts_0_in_the_silhouette():
+    x, labels = mixture(2, 40, classes=3, dtype=torch.float64)
+    clusters = torch.cat([labels[:-2], torch.tensor([3, 4])])
+    expected = silhouette_score(torch.cdist(x, x).square().fill_diagonal_(0), clusters, metric="precomputed")
+    assert quality.silhouette(x, clusters, Geometry("euclidean")) == pytest.approx(expected)
+
+
 def test_what_is_read_is_never_written_over(tmp_path):
     path = tmp_path / "e.npy"
     np.save(path, np.eye(4))

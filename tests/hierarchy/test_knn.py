@@ -184,6 +184,15 @@ def test_approximate_neighbors_have_the_recall_they_say(geometry, spread, shares
 
 
 @pytest.mark.usefixtures("backend")
+def test_the_recall_is_sure_to_two_standard_errors(monkeypatch, caplog):
+    monkeypatch.setattr(knn, "NUM_MEASURED", 16)  # so that the errors are large
+    with caplog.at_level(logging.INFO):
+        neighbors(mixture(3, 5000, classes=200, spread=0.2)[0], 10, "euclidean", min_recall=0.88)
+    recall, error = re.findall(r"finds ([\d.]+) ± ([\d.]+) %", caplog.text)[-1]
+    assert float(recall) - float(error) > 88 - 0.15
+
+
+@pytest.mark.usefixtures("backend")
 def test_recall_where_codes_cannot_tell_points_apart(caplog):
     # Ten heaps, each so small beside the distance to the next that all its points have one code.
     x = mixture(5, 5000, classes=10, spread=1e-5)[0]

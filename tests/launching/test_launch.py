@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from launched import assert_same_run, has_taken, is_finished, printed, uhml, view, wait_for
 
-from launch import overview
+from launch import overview, submit
+from launch.job import TrainingJob
 from launch.launch import _minutes
 from launch.record import JobRecord, SweepRecord, read_record, write_record
+from launch.submit import Resources
 from launch.sweep import combinations, folder_name
 from uhml import cli
 from uhml.config import load_config
@@ -60,6 +63,7 @@ def test_dry_run_shows_the_script_and_changes_nothing(sbatch_only, config, run_d
     ):
         assert f"#SBATCH --{line}\n" in script
     assert f"export PYTHONPATH={run_dir}/launch/snapshot\n" in script
+    assert "--kill-on-bad-exit=1" in script
     assert f"Each of 16 ranks: uhml train {run_dir}/launch/config.yaml --run-dir {run_dir}\n" in script
     # Bash has nothing against it.
     text = script.partition("Would submit by sbatch:\n\n")[2].partition("Each of")[0]
@@ -73,6 +77,8 @@ def test_dry_run_shows_the_script_and_changes_nothing(sbatch_only, config, run_d
         ("32|gpu:h100:8(S:0-1)\n", [], "4"),
         ("96|gpu:8\n", ["--cpus-per-task", "3"], "3"),
         ("4|gpu:8\n", [], "1"),
+        ("32|gpu:8\n96|gpu:8\n", [], "4"),  # of the node with fewest
+        ("96|gpu:8\n", ["--sweep", "data.num_workers=5,2"], "7"),  # of the run with most workers
         ("96|(null)\n", [], None),
     ],
 )
@@ -82,11 +88,13 @@ def test_gpus_get_the_cores_that_feed_them(
     sinfo = tmp_path / "programs" / "sinfo"
     sinfo.write_text(f"#!/bin/sh\ncase $* in *--partition=gpu*) printf '{nodes}';; *) printf '2|gpu:8';; esac\n")
     sinfo.chmod(0o755)
-    words = ["--gpus-per-node", "8", "--partition", "gpu", "--dry-run", "data.num_workers=4"]
-    assert launch(config, "--run-dir", run_dir, *words, *options) == 0
+    words = ["--gpus-per-node", "8", "--partition", "gpu", "--dry-run"]
+    workers = [] if "--sweep" in options else ["data.num_workers=4"]
+    assert launch(config, "--run-dir", run_dir, *words, *workers, *options) == 0
     asked = re.findall(r"#SBATCH --cpus-per-task=(\d+)\n", capsys.readouterr().out)
     assert asked == ([cores] if cores else [])
-    assert (f"Asking for {cores} cores for each GPU" in caplog.text) == (cores is not None and not options)
+    chosen = cores is not None and "--cpus-per-task" not in options
+    assert (f"Asking for {cores} cores for each GPU" in caplog.text) == chosen
 
 
 def test_dry_run_of_a_sweep_is_one_array(sbatch_only, config, run_dir, capsys):
@@ -149,6 +157,47 @@ def test_an_unfinished_run_goes_on_with_its_own_config_only(sbatch_only, config,
     assert "loss.omega: 0.8 -> 0.9" in caplog.text
     assert launch(config, "--run-dir", run_dir, "--dry-run") == 0
     assert launch(config, "loss.omega=0.9", "--run-dir", run_dir, "--dry-run", "--allow-change", "loss.omega") == 0
+
+
+def test_a_run_on_another_machine_is_not_cancelled_from_here(run_dir, monkeypatch, caplog):
+    signals = []
+    monkeypatch.setattr(os, "kill", lambda *arguments: signals.append(arguments))
+    monkeypatch.setattr(overview, "is_locked", lambda folder: True)
+    run_dir.mkdir()
+    write_status(run_dir, RunStatus(**{**finished_status(), "state": "running", "phase": "train"}))
+    assert cli.main(["cancel", str(run_dir)]) == 2
+    assert "runs on elsewhere: cancel it there" in caplog.text
+    assert signals == []
+
+
+@pytest.mark.parametrize("names", [["."], ["a", "b"]])
+def test_a_job_has_its_own_config_and_what_may_change(config, run_dir, monkeypatch, names):
+    jobs = []
+
+    class Executor:
+        folder = run_dir / "launch" / "jobs"
+
+        def submit(self, job):
+            jobs.append(job)
+            return SimpleNamespace(job_id=f"7_{len(jobs)}")
+
+        def submit_array(self, array):
+            return [self.submit(job) for job in array]
+
+    monkeypatch.setattr(submit, "_executor", lambda *_: Executor())
+    monkeypatch.setattr(submit.snapshot, "take_snapshot", lambda folder: None)
+    runs = {run_dir / name: load_config(config, [f"train.seed={seed}"]) for seed, name in enumerate(names)}
+    submit.submit(Resources(minutes=60, signal_delay=300), run_dir, runs, ["loss.omega"])
+    assert [job.run_dir for job in jobs] == list(runs)
+    assert [load_config(job.config) for job in jobs] == list(runs.values())
+    assert [job.allow_change for job in jobs] == [["loss.omega"]] * len(names)
+    assert [read_record(folder, JobRecord).job_id for folder in runs] == [f"7_{i + 1}" for i in range(len(names))]
+
+
+def test_a_job_that_is_requeued_as_its_run_has_just_finished_trains_no_more(tmp_path):
+    (tmp_path / "result.json").write_text('{"steps": 9}')
+    code = Path(overview.__file__).parent.parent
+    assert TrainingJob(tmp_path, tmp_path / "no.yaml", code)._train() == {"steps": 9}
 
 
 @pytest.mark.parametrize(
