@@ -162,7 +162,16 @@ def test_silence_is_told(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0 s"), (59, "59 s"), (59.6, "1 min"), (61, "1 min"), (3599.8, "1 h"), (3600, "1 h"), (7500, "2 h 5 min"), (90000, "1 d 1 h")],
+    [
+        (0.4, "0 s"),
+        (59, "59 s"),
+        (59.6, "1 min"),
+        (61, "1 min"),
+        (3599.8, "1 h"),
+        (3600, "1 h"),
+        (7500, "2 h 5 min"),
+        (90000, "1 d 1 h"),
+    ],
 )
 def test_durations(seconds, text):
     assert overview.readable(seconds) == text
