@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 from launch import slurm
+from launch.overview import is_controller, is_running_here
 from launch.record import JobRecord, read_record
 from launch.status import existing_run, members
 from uhml.errors import UserError
@@ -48,7 +49,7 @@ def _cancel(run_dir: Path) -> None:
         slurm.cancel(job.job_id)
         logger.info("Cancelled job %s of %s.", job.job_id, run_dir)
         return
-    if job is not None:
+    if job is not None and not (is_running_here(run_dir, status) and not is_controller(int(job.job_id))):
         host, pid = job.host, int(job.job_id)
     else:
         assert status is not None, "what is under way has a job or has said something"

@@ -98,12 +98,15 @@ def _state(run_dir: Path, record: JobRecord | None, status: RunStatus | None) ->
     if record is not None and record.cluster == "slurm":
         return _state_in_slurm(record, status, slurm.ask(record.job_id))
     if record is not None and record.host == socket.gethostname():
-        return _state_of_local_job(record, status, is_controller(int(record.job_id)))
+        alive = is_controller(int(record.job_id))
+        # After its job has ended a run may go on by itself.
+        if alive or not is_running_here(run_dir, status):
+            return _state_of_local_job(record, status, alive)
     if status is None:
         return "lost", "it was launched elsewhere and has said nothing"
     if status.state in ("preempted", "failed"):
         return status.state, status.error or ""
-    if status.host == socket.gethostname() and not (_is_alive(status.pid) and is_locked(run_dir)):
+    if status.host == socket.gethostname() and not is_running_here(run_dir, status):
         return "lost", GONE
     silence = _silence(status)
     if silence and status.host != socket.gethostname() and not is_locked(run_dir):
@@ -171,6 +174,11 @@ def _recall(run_dir: Path) -> tuple[dict[str, float] | None, int | None]:
         return None, None
     least = min(int(k) for k in result["trained"]["recall_at_k"])
     return {name: row["recall_at_k"][str(least)] for name, row in rows.items()}, least
+
+
+def is_running_here(run_dir: Path, status: RunStatus | None) -> bool:
+    """Whether the process that has last told how a run stands is on this machine, and at work in its folder."""
+    return status is not None and status.host == socket.gethostname() and _is_alive(status.pid) and is_locked(run_dir)
 
 
 def _is_alive(pid: int) -> bool:

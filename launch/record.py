@@ -57,7 +57,7 @@ def read_record(run_dir: Path, kind: type[T]) -> T | None:
     """Return the record of a run or sweep, or None where there is none."""
     try:
         plain: dict[str, Any] = json.loads(_path(run_dir, kind).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return kind(**plain)
 

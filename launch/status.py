@@ -13,8 +13,7 @@ from rich.table import Table
 from launch.overview import View, look, readable
 from launch.record import SweepRecord, read_record
 from uhml.console import console
-from uhml.errors import UserError
-from uhml.reporting.runs import SEED, Spread, no_such_run
+from uhml.reporting.runs import SEED, NoRun, Spread, each_run, no_such_run
 
 EXAMPLES = """\
 examples:
@@ -39,22 +38,22 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: a folder holds no run, or SLURM does not answer.
     """
-    views: list[View] = []
-    sweeps: list[tuple[Path, SweepRecord, list[View]]] = []
-    for folder in args.runs:
-        sweep = read_record(folder, SweepRecord)
-        found = [existing_run(own) for own in members(folder)]
-        views += found
-        if sweep is not None:
-            sweeps.append((folder, sweep, found))
+    named = each_run(args.runs, _views)
+    views = [view for _, found in named for view in found]
     if args.json:
         print(json.dumps([dataclasses.asdict(view) for view in views], indent=2))
         return
     wide = console(160)
     wide.print(_table(views))
-    for folder, sweep, found in sweeps:
-        if any(view.recall for view in found):
+    for folder, found in named:
+        sweep = read_record(folder, SweepRecord)
+        if sweep is not None and any(view.recall for view in found):
             wide.print(_results(folder, sweep, found))
+
+
+def _views(folder: Path) -> tuple[Path, list[View]]:
+    """Return the folder, and how the run in it stands, or the runs of a sweep."""
+    return folder, [existing_run(own) for own in members(folder)]
 
 
 def members(folder: Path) -> list[Path]:
@@ -72,8 +71,8 @@ def existing_run(folder: Path) -> View:
     view = look(folder)
     if view is not None:
         return view
-    if folder.is_dir():
-        raise UserError(f"{folder} holds no run.")
+    if folder.exists():
+        raise NoRun(f"{folder} holds no run.")
     raise no_such_run(folder)
 
 

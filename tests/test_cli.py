@@ -68,6 +68,7 @@ def test_a_misspelt_command_is_answered_with_what_was_meant(command, capsys):
         (["zzz"], "uhml: error: there is no command zzz. (see uhml --help)"),
         (["--seed"], "uhml: error: there is no option --seed. (see uhml --help)"),
         (["--verson"], "uhml: error: there is no option --verson. Did you mean '--version'?"),
+        (["train", "x", "--steps"], "uhml train: error: there is no option --steps. (see uhml train --help)"),
         (["train"], "uhml train: error: the following arguments are required: CONFIG"),
         (["train", "x", "-q"], "uhml train: error: unrecognized arguments: -q"),
         (["train", "x", "--run-dir"], "uhml train: error: argument --run-dir: expected one argument"),

@@ -7,7 +7,16 @@ import pytest
 
 from uhml import cli
 from uhml.commands.options import overridden
-from uhml.config import FREE_TO_CHANGE, Config, describe_keys, dump_config, load_config, parse_dump, quoted
+from uhml.config import (
+    FREE_TO_CHANGE,
+    Config,
+    check_batch_fits,
+    describe_keys,
+    dump_config,
+    load_config,
+    parse_dump,
+    quoted,
+)
 from uhml.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -72,6 +81,11 @@ def test_a_quoted_value_stands_for_just_this_text_from_then_on(file, text):
 def test_what_a_stranger_calls_a_config(text, said):
     with pytest.raises(UserError, match=said):
         parse_dump(text)
+
+
+def test_too_few_pictures_for_any_batch():
+    with pytest.raises(UserError, match=r"of 3 training pictures there are too few, for it takes at least 8\."):
+        check_batch_fits(3, Config(), 1)
 
 
 # Files

@@ -413,8 +413,8 @@ def _each_text(node: Any, change: Callable[[str], str]) -> Any:
 
 def _other_configs(path: Path) -> str:
     """Help those who mistyped the name, or left out the folder: ``quickstart.yaml`` for ``configs/quickstart.yaml``."""
-    others = {p.name: p for folder in (Path("configs"), path.parent) for p in sorted(folder.glob("*.yaml"))}
-    if close := difflib.get_close_matches(path.name, others, n=1):
+    others = {p.stem: p for folder in (Path("configs"), path.parent) for p in sorted(folder.glob("*.yaml"))}
+    if close := difflib.get_close_matches(path.name.removesuffix(".yaml"), others, n=1):
         return f" Did you mean {str(others[close[0]])!r}?"
     return f" There are {', '.join(map(str, others.values()))}." if others else ""
 
@@ -446,7 +446,8 @@ def check_batch_fits(num_pictures: int, config: Config, num_ranks: int) -> None:
         return
     sizes = (clusters * per_cluster * num_views for clusters in range(num_pictures // per_cluster, 1, -1))
     largest = next((size for size in sizes if size % num_ranks == 0), None)
-    cure = f"train.global_batch_size={largest} is the largest that fits" if largest else "there are too few to train on"
+    too_few = f"there are too few, for it takes at least {2 * per_cluster}"
+    cure = f"train.global_batch_size={largest} is the largest that fits" if largest else too_few
     raise known_everywhere(
         UserError(
             f"train.global_batch_size={config.train.global_batch_size} takes {config.clusters_per_batch} clusters x "

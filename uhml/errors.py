@@ -34,7 +34,9 @@ def is_known_everywhere(error: BaseException) -> bool:
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the closest of ``choices``, or an empty string when none is close."""
+    # The dashes that all options have are no likeness.
+    word, names = word.lstrip("-"), {choice.lstrip("-"): choice for choice in choices}
     # Of three letters, two in common are no likeness unless the first is: gpu is not meant for cpu.
-    alike = [choice for choice in choices if len(word) > 3 or choice[:1] == word[:1]]
+    alike = [name for name in names if len(word) > 3 or name[:1] == word[:1]]
     close = difflib.get_close_matches(word, alike, n=1, cutoff=0.6)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    return f" Did you mean {names[close[0]]!r}?" if close else ""

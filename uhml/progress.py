@@ -46,7 +46,7 @@ def progress(
             description,
             total,
             initial=done,
-            unit=f" {unit}",
+            unit=unit,
             leave=False,
             delay=SECONDS_BEFORE_FIRST,
             dynamic_ncols=True,

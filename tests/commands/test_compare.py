@@ -152,6 +152,14 @@ def test_a_run_without_labels(tmp_path, tiny_config, capsys):
     assert "seconds" in capsys.readouterr().out
 
 
+def test_what_is_no_run_is_passed_over_among_others(runs, tmp_path, capsys, caplog):
+    folder, _ = runs
+    (tmp_path / "notes.txt").touch()
+    assert compare("--json", folder / "s0", tmp_path / "notes.txt", tmp_path) == 0
+    assert [run["run"] for run in json.loads(capsys.readouterr().out)["runs"]] == [str(folder / "s0")]
+    assert caplog.text.count(" holds no run: ") == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -154,6 +154,8 @@ def test_from_an_exported_folder_to_the_other_format(make_run, tmp_path):
     assert cli.main(["export", str(run), "--format", "safetensors", "--out", str(tmp_path / "a")]) == 0
     assert cli.main(["export", str(tmp_path / "a"), "--format", "onnx", "--out", str(tmp_path / "b")]) == 0
     assert (tmp_path / "b" / "model.onnx").stat().st_size > 10_000
+    with pytest.raises(UserError, match=r"b is an export to ONNX: uhml reads those of --format safetensors"):
+        load_trained(str(tmp_path / "b"))
 
 
 def test_a_graph_that_gives_other_points_is_not_written(make_run, tmp_path, monkeypatch, caplog):

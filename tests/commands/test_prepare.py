@@ -425,8 +425,8 @@ def test_what_is_refused(cub, tmp_path, caplog, monkeypatch):
         assert words in caplog.text
         assert not (tmp_path / "root").exists()
 
-    refused("cub20 is not prepared but one of cub200, cars196, sop, inshop. Did you mean 'cub200'?", "cub20")
-    refused("glyphs is not prepared", "glyphs")
+    refused("cub20 is no data set to prepare; those are cub200, cars196, sop, inshop. Did you mean 'cub200'?", "cub20")
+    refused("glyphs is no data set to prepare", "glyphs")
     refused("cars196 cannot be downloaded by a program, as its authors no longer serve it", "cars196")
     refused("agree to their terms: do so at https://mmlab", "inshop")
     refused("--url file:///etc/passwd must be http:// or https://", "cub200", "--url", "file:///etc/passwd")

@@ -1,5 +1,6 @@
 """Each mode against its oracle, and what holds for all."""
 
+import logging
 import re
 import subprocess
 import sys
@@ -279,6 +280,22 @@ def test_curvature_zero_is_twice_the_euclidean(mode):
     euclidean = average_linkage(x, mode=mode, geometry="euclidean").to_scipy()
     assert np.array_equal(flat[:, [0, 1, 3]], euclidean[:, [0, 1, 3]])
     np.testing.assert_allclose(flat[:, 2], euclidean[:, 2] * (4 if mode == "exact" else 2))
+
+
+def test_points_that_are_all_neighbours_need_no_more_of_them(caplog):
+    caplog.set_level(logging.INFO)
+    average_linkage(np.eye(2), geometry="cosine")
+    assert "parts" not in caplog.text
+    average_linkage(
+        np.repeat(np.eye(3), 30, axis=0) + 1e-3 * np.arange(90)[:, None], num_neighbors=2, geometry="euclidean"
+    )
+    assert "the graph falls into" in caplog.text
+
+
+def test_an_array_that_runs_backwards():
+    x = np.random.default_rng(0).normal(size=(30, 4))
+    backwards, same = (average_linkage(y, geometry="euclidean", mode="exact") for y in (x[::-1], x[::-1].copy()))
+    assert np.array_equal(backwards.to_scipy(), same.to_scipy())
 
 
 @pytest.mark.filterwarnings("error")

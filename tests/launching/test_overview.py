@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import datetime
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import overview, slurm
+from launch import cancel, overview, slurm
 from launch.record import JobRecord, write_record
+from uhml import cli
 from uhml.run.status import RunStatus, write_status
 
 HERE = socket.gethostname()
@@ -143,6 +146,37 @@ def test_a_run_without_a_job(tmp_path, dead_pid):
     assert overview.look(tmp_path).state == "preempted"
     write_status(tmp_path, status("failed", host=HERE, pid=dead_pid))
     assert (overview.look(tmp_path).state, overview.look(tmp_path).note) == ("failed", "the loss is nan")
+
+
+def test_a_run_that_goes_on_by_itself_after_its_job(tmp_path, dead_pid, monkeypatch):
+    (tmp_path / "launch").mkdir()
+    job = JobRecord(cluster="local", job_id=str(dead_pid), host=HERE, submitted_at="", num_ranks=2, jobs=str(tmp_path))
+    write_record(tmp_path, job)
+    write_status(tmp_path, status("running", host=HERE, pid=os.getpid()))
+    assert overview.look(tmp_path).state == "lost"
+    signals = []
+    with in_folder(tmp_path):
+        assert overview.look(tmp_path).state == "running"
+        with monkeypatch.context() as patched:
+            patched.setattr(cancel.os, "kill", lambda *words: signals.append(words))
+            assert cli.main(["cancel", str(tmp_path)]) == 0
+    assert signals[-1] == (os.getpid(), signal.SIGTERM)
+
+
+def test_what_is_no_run_is_passed_over_among_others(tmp_path, capsys, caplog):
+    for name in ("run", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notes.txt").touch()
+    write_status(tmp_path / "run", status("preempted"))
+    every = sorted(str(path) for path in tmp_path.iterdir())
+    assert cli.main(["status", "--json", *every]) == 0
+    assert [view["run"] for view in json.loads(capsys.readouterr().out)] == [str(tmp_path / "run")]
+    for name in ("empty", "notes.txt"):
+        assert f"{tmp_path / name} holds no run." in caplog.text
+        assert cli.main(["status", str(tmp_path / name)]) == 2
+        assert cli.main(["cancel", str(tmp_path / name)]) == 2
+    assert cli.main(["status", *every, str(tmp_path / "rum")]) == 2
+    assert "There is no run" in caplog.text
 
 
 def test_silence_is_told(tmp_path, monkeypatch):

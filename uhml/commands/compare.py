@@ -16,7 +16,16 @@ from rich.table import Table
 from uhml.console import console
 from uhml.errors import UserError
 from uhml.files import PLOT_SUFFIXES, check_out
-from uhml.reporting.runs import SEED, RunRecord, Spread, differing_settings, groups_of_seeds, read_run, spread
+from uhml.reporting.runs import (
+    SEED,
+    RunRecord,
+    Spread,
+    differing_settings,
+    each_run,
+    groups_of_seeds,
+    read_run,
+    spread,
+)
 
 EXAMPLES = """\
   uhml compare runs/a runs/b --out compare.png
@@ -48,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     folders = [Path(os.path.normpath(folder)) for folder in args.runs]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("A run is named twice: name each once.")
-    runs = [read_run(folder) for folder in folders]
+    runs = each_run(folders, read_run)
     if args.json:
         print(json.dumps(_plain(runs), indent=2))
     else:
@@ -118,6 +127,7 @@ def draw(path: Path, runs: Sequence[RunRecord]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#d1d9e0", linewidth=0.5)
         axes.set_axisbelow(True)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     legend = figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     for text in legend.get_texts():
         text.set_parse_math(False)

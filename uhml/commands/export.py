@@ -8,7 +8,7 @@ from typing import Any
 
 from uhml.errors import UserError
 from uhml.files import write_whole
-from uhml.run.checkpoint import EXPORTED
+from uhml.run.checkpoint import EXPORTED, EXPORTED_ONNX
 from uhml.run.lock import LOCK
 from uhml.trained import Trained, load_trained
 from uhml.trained.card import model_card
@@ -16,7 +16,7 @@ from uhml.trained.export import write_onnx, write_safetensors
 
 logger = logging.getLogger(__name__)
 
-FORMATS = {"safetensors": EXPORTED, "onnx": "model.onnx"}
+FORMATS = {"safetensors": EXPORTED, "onnx": EXPORTED_ONNX}
 """The formats, and what their file is called."""
 
 EXAMPLES = """\

@@ -44,7 +44,8 @@ def prepare(name: str, root: Path, urls: Sequence[str], archives: Sequence[Path]
             missing, or another process is at it. What was downloaded is kept.
     """
     if name not in OFFICIAL:
-        raise UserError(f"{name} is not prepared but one of {', '.join(OFFICIAL)}.{did_you_mean(name, OFFICIAL)}")
+        known = ", ".join(OFFICIAL)
+        raise UserError(f"{name} is no data set to prepare; those are {known}.{did_you_mean(name, OFFICIAL)}")
     official = OFFICIAL[name]
     # As with data.root, the data set's own folder may be named as well as the one that it lies in.
     root = root.parent if root.name == official.folder else root

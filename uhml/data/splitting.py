@@ -65,6 +65,10 @@ def first_half(classes: Sequence[str]) -> list[bool]:
     """
     names = sorted(set(classes))
     if len(names) < 4:
-        logger.warning("of %d classes, at most one is left to score on, which any model finds", len(names))
+        logger.warning(
+            "of %d classes, at most one is left to score on, which any model finds; if these are no classes, a list of "
+            "the paths alone (data.dataset=list) trains on all pictures",
+            len(names),
+        )
     first = set(names[: (len(names) + 1) // 2])
     return [name in first for name in classes]

@@ -129,7 +129,7 @@ def average_linkage_over_ranks(
     forest = distributed.on_main(lambda: graph_linkage(*found))
     part = distributed.broadcast_from_main(forest.part if forest else None, device)
     sums = None
-    if num_parts := _to_join(part):
+    if num_parts := _to_join(part, num_neighbors):
         own_parts = part[torch.arange(own.start, own.stop, own.step, device=device)]
         sums = distributed.all_reduce_sum(sums_of_parts(own_points, own_parts, num_parts, space))
     return distributed.on_main(lambda: forest.join(sums) if forest else None)
@@ -253,14 +253,15 @@ def _neighbors_over_ranks(
 def _of_graph(graph: tuple[Tensor, ...], points: Tensor, geometry: Geometry) -> Dendrogram:
     """Merge over a graph, and join the parts that it falls into, in one process."""
     forest = graph_linkage(*graph)
-    num_parts = _to_join(forest.part)
+    num_parts = _to_join(forest.part, graph[0].shape[1])
     return forest.join(sums_of_parts(points, forest.part, num_parts, geometry) if num_parts else None)
 
 
-def _to_join(part: Tensor) -> int:
+def _to_join(part: Tensor, num_neighbors: int) -> int:
     """Return the number of parts of a graph if they are to be joined by their points, else 0."""
     num_parts = int(part.max()) + 1
-    if num_parts > 1 and distributed.is_main():
+    # Those linked at the greatest distance alone are parts, too, though there may be no other neighbours to link them.
+    if num_parts > 1 and num_neighbors < len(part) - 1 and distributed.is_main():
         logger.info(
             "the graph falls into %d parts, joined at one height at the top; more num_neighbors link more",
             num_parts,
@@ -304,6 +305,8 @@ def _tensor(embeddings: Tensor | np.ndarray, device: torch.device | str | None) 
     with warnings.catch_warnings():
         # Of arrays that may not be written to, such as memory-mapped files; nothing here writes to them.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        if isinstance(embeddings, np.ndarray) and min(embeddings.strides, default=0) < 0:
+            embeddings = np.ascontiguousarray(embeddings)  # torch has no array that runs backwards
         return torch.as_tensor(embeddings, device=device)
 
 

@@ -147,17 +147,17 @@ class HyperbolicHead(nn.Module):
         self.scale.copy_(start_norm * self.clip_radius / mean_square.sqrt().clamp_min(1e-12))
 
     def _tell_of_lost_axes(self, fitted: Tensor, num_pictures: int, ball: str) -> None:
-        """Warn of axes that are zero; a head that is fitted again, only if they are not as many as before."""
+        """Tell of axes that are zero; of a head that is fitted again, only if there are fewer others than before."""
         num_axes = int(fitted.any(1).count_nonzero())
-        if num_axes not in (len(fitted), self._axes_told):
+        if num_axes < min(len(fitted), self._axes_told):
             logger.warning(
-                "The %d training pictures differ along %d axes only, and %s has %d; the others start at 0.",
+                "The %d training pictures differ along %d axes only, and %s has %d: the others stay 0, and do no harm.",
                 num_pictures,
                 num_axes,
                 ball,
                 len(fitted),
             )
-        self._axes_told = num_axes
+            self._axes_told = num_axes
 
 
 def _whitening(moments: FeatureMoments, num_axes: int, power: float) -> Tensor:

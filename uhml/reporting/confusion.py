@@ -122,6 +122,7 @@ def _histogram(axes: Any, recall: NDArray[np.float64]) -> None:
     axes.axvline(100 * recall.mean(), color="black", linewidth=1, linestyle="--")
     axes.set_title(f"R@1 of {len(recall):,} classes, mean {100 * recall.mean():.1f} %", loc="left", fontsize=10)
     axes.set(xlabel="R@1, per cent", ylabel="classes", xlim=(0, 100))
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -4,10 +4,11 @@ import collections
 import dataclasses
 import itertools
 import json
+import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -16,6 +17,10 @@ from yaml import YAMLError
 from uhml.config import FREE_TO_CHANGE, unescaped
 from uhml.errors import UserError, did_you_mean
 from uhml.run.status import read_status
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SEED = "train.seed"
 # Free to change, for a data set may be moved while a run is interrupted; in two runs it is likely another data set.
@@ -62,6 +67,29 @@ class RunRecord:
     loss: Curve
 
 
+class NoRun(UserError):
+    """There is something of the name that was given, but no run."""
+
+
+def each_run(folders: Sequence[Path], read: Callable[[Path], T]) -> list[T]:
+    """Read the runs in some folders. What holds none is passed over where there are others: ``runs/*`` names it, too.
+
+    Raises:
+        UserError: none of the folders holds a run, or one of them cannot be read.
+    """
+    found, error = [], None
+    for folder in folders:
+        try:
+            found.append(read(folder))
+        except NoRun as e:
+            error = e
+            if len(folders) > 1:
+                logger.warning("%s", e)
+    if error is not None and not found:
+        raise error
+    return found
+
+
 def no_such_run(folder: Path) -> UserError:
     """Return the error of a folder that is not there, with the one that may be meant."""
     siblings = [path.name for path in folder.absolute().parent.glob("*") if path.is_dir()]
@@ -74,10 +102,10 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         UserError: there is no run in the folder, or a file of it is damaged.
     """
-    if not folder.is_dir():
+    if not folder.exists():
         raise no_such_run(folder)
     if not (folder / "config.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
-        raise UserError(f"{folder} holds no run: config.yaml or metrics.jsonl is missing.")
+        raise NoRun(f"{folder} holds no run: config.yaml or metrics.jsonl is missing.")
     records = _read_metrics(folder / "metrics.jsonl")
     status, result = read_status(folder), _read_result(folder / "result.json")
     scored = {kind: [r for r in records if r["kind"] == f"unseen_{kind}"] for kind in ("backbone", "ball")}

@@ -111,7 +111,10 @@ def _prepare(
         run_dir.mkdir(parents=True, exist_ok=True)
         lock(run_dir, stack)
         if not overwrite and (run_dir / "result.json").exists():
-            raise UserError(f"{run_dir} holds a finished run: name another folder by --run-dir, or add --overwrite.")
+            raise UserError(
+                f"{run_dir} holds a finished run: name another folder by --run-dir, or add --overwrite. "
+                f"model.init_from={run_dir} in another folder starts from its weights."
+            )
         try:
             newest = None if overwrite else newest_checkpoint(run_dir / "checkpoints")
             checkpoint = None if newest is None else newest[0]

@@ -57,7 +57,7 @@ def read_status(run_dir: Path) -> RunStatus | None:
     """
     try:
         return RunStatus(**json.loads((run_dir / FILE).read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError) as e:
         raise UserError(f"{run_dir / FILE} is no status of a run; remove it, and the run can go on: {e}") from e

@@ -162,7 +162,7 @@ def _use(trained: Trained, file: str, difference: float | None) -> str:
     compared = (
         "Nothing was compared at export, for want of onnxruntime."
         if difference is None
-        else f"onnxruntime's points were within {max(difference, 1e-9):.0e} of the network's own at export."
+        else f"onnxruntime's points were within {max(difference, 1e-9):.1e} of the network's own at export."
     )
     if trained.config.model.inference_precision != "float32":
         compared += (

@@ -43,7 +43,7 @@ function pathList(clustering, picture) {
     return h("li", {}, h("button", { type: "button", class: "station", "data-level": level, "data-cluster": cluster },
       level < 0 ? h("i", { class: "swatch" }) : swatch(clusterColorNow(clustering, level, cluster)),
       h("b", {}, level < 0 ? "All pictures" : clusterName(cluster)),
-      h("small", {}, level < 0 ? size : `${size} · ${clustering.levels[level].name}`)));
+      h("small", {}, level < 0 ? size : `${size} · one of ${clustering.levels[level].name}`)));
   });
   return h("ol", { id: "path" }, ...items);
 }

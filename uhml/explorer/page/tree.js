@@ -89,7 +89,7 @@ function showTree({ level, cluster, show }, clustering) {
   const single = inside.filter((smaller) => clustering.size(shown, smaller) === 1);
   const height = level < 0 ? null : clustering.height(level, cluster);
   const facts = [pictures(members.length)];
-  if (level >= 0) facts.push(clustering.levels[level].name);
+  if (level >= 0) facts.push(`one of ${clustering.levels[level].name}`);
   if (height) facts.push(`joined at height ${height.toPrecision(3)}`);
   const name = level < 0 ? "All pictures" : clusterName(cluster);
   const mark = level < 0 ? null : swatch(clusterColorNow(clustering, level, cluster));
