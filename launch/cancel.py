@@ -8,8 +8,7 @@ import socket
 from pathlib import Path
 
 from launch import slurm
-from launch.overview import is_controller, is_running_here
-from launch.record import JobRecord, read_record
+from launch.overview import present_job
 from launch.status import existing_run, members
 from uhml.errors import UserError
 from uhml.run.status import read_status
@@ -44,12 +43,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _cancel(run_dir: Path) -> None:
-    job, status = read_record(run_dir, JobRecord), read_status(run_dir)
+    status = read_status(run_dir)
+    job = present_job(run_dir, status)
     if job is not None and job.cluster == "slurm":
         slurm.cancel(job.job_id)
         logger.info("Cancelled job %s of %s.", job.job_id, run_dir)
         return
-    if job is not None and not (is_running_here(run_dir, status) and not is_controller(int(job.job_id))):
+    if job is not None:
         host, pid = job.host, int(job.job_id)
     else:
         assert status is not None, "what is under way has a job or has said something"

@@ -62,7 +62,8 @@ def look(run_dir: Path) -> View | None:
     Raises:
         UserError: SLURM does not answer.
     """
-    record, status = read_record(run_dir, JobRecord), read_status(run_dir)
+    status = read_status(run_dir)
+    record = present_job(run_dir, status)
     if record is None and status is None:
         return None
     view = View(run=str(run_dir), state="lost")
@@ -98,15 +99,12 @@ def _state(run_dir: Path, record: JobRecord | None, status: RunStatus | None) ->
     if record is not None and record.cluster == "slurm":
         return _state_in_slurm(record, status, slurm.ask(record.job_id))
     if record is not None and record.host == socket.gethostname():
-        alive = is_controller(int(record.job_id))
-        # After its job has ended a run may go on by itself.
-        if alive or not is_running_here(run_dir, status):
-            return _state_of_local_job(record, status, alive)
+        return _state_of_local_job(record, status, is_controller(int(record.job_id)))
     if status is None:
         return "lost", "it was launched elsewhere and has said nothing"
     if status.state in ("preempted", "failed"):
         return status.state, status.error or ""
-    if status.host == socket.gethostname() and not is_running_here(run_dir, status):
+    if status.host == socket.gethostname() and not _is_running_here(run_dir, status):
         return "lost", GONE
     silence = _silence(status)
     if silence and status.host != socket.gethostname() and not is_locked(run_dir):
@@ -176,9 +174,17 @@ def _recall(run_dir: Path) -> tuple[dict[str, float] | None, int | None]:
     return {name: row["recall_at_k"][str(least)] for name, row in rows.items()}, least
 
 
-def is_running_here(run_dir: Path, status: RunStatus | None) -> bool:
+def present_job(run_dir: Path, status: RunStatus | None) -> JobRecord | None:
+    """Return the last job of a run; None where there was none, or where the run goes on by itself after a local one."""
+    job = read_record(run_dir, JobRecord)
+    if job is None or job.cluster == "slurm" or status is None or not _is_running_here(run_dir, status):
+        return job
+    return job if job.host == socket.gethostname() and is_controller(int(job.job_id)) else None
+
+
+def _is_running_here(run_dir: Path, status: RunStatus) -> bool:
     """Whether the process that has last told how a run stands is on this machine, and at work in its folder."""
-    return status is not None and status.host == socket.gethostname() and _is_alive(status.pid) and is_locked(run_dir)
+    return status.host == socket.gethostname() and _is_alive(status.pid) and is_locked(run_dir)
 
 
 def _is_alive(pid: int) -> bool:

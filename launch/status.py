@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     """Show the runs, and the results of sweeps.
 
     Raises:
-        UserError: a folder holds no run, or SLURM does not answer.
+        UserError: no folder holds a run, there is no such folder, or SLURM does not answer.
     """
     named = each_run(args.runs, _views)
     views = [view for _, found in named for view in found]

@@ -148,9 +148,10 @@ def test_a_run_without_a_job(tmp_path, dead_pid):
     assert (overview.look(tmp_path).state, overview.look(tmp_path).note) == ("failed", "the loss is nan")
 
 
-def test_a_run_that_goes_on_by_itself_after_its_job(tmp_path, dead_pid, monkeypatch):
+@pytest.mark.parametrize("host", [HERE, "n17"])
+def test_a_run_that_goes_on_by_itself_after_its_job(tmp_path, dead_pid, monkeypatch, host):
     (tmp_path / "launch").mkdir()
-    job = JobRecord(cluster="local", job_id=str(dead_pid), host=HERE, submitted_at="", num_ranks=2, jobs=str(tmp_path))
+    job = JobRecord(cluster="local", job_id=str(dead_pid), host=host, submitted_at="", num_ranks=2, jobs=str(tmp_path))
     write_record(tmp_path, job)
     write_status(tmp_path, status("running", host=HERE, pid=os.getpid()))
     assert overview.look(tmp_path).state == "lost"

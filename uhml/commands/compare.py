@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     """Show the runs with the settings in which they differ, and the mean of those that differ only in their seed.
 
     Raises:
-        UserError: a folder holds no run, or the plot cannot be written.
+        UserError: no folder holds a run, there is no such folder, or the plot cannot be written.
     """
     if args.out is not None:
         check_out(args.out, "--out", PLOT_SUFFIXES, args.overwrite)

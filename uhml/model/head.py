@@ -147,9 +147,9 @@ class HyperbolicHead(nn.Module):
         self.scale.copy_(start_norm * self.clip_radius / mean_square.sqrt().clamp_min(1e-12))
 
     def _tell_of_lost_axes(self, fitted: Tensor, num_pictures: int, ball: str) -> None:
-        """Tell of axes that are zero; of a head that is fitted again, only if there are fewer others than before."""
+        """Warn of axes that are zero; a head that is fitted again, only if fewer are left than it has told of."""
         num_axes = int(fitted.any(1).count_nonzero())
-        if num_axes < min(len(fitted), self._axes_told):
+        if num_axes < self._axes_told:
             logger.warning(
                 "The %d training pictures differ along %d axes only, and %s has %d: the others stay 0, and do no harm.",
                 num_pictures,

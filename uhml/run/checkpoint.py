@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 EXPORTED = "model.safetensors"
 """What ``uhml export`` calls the file that is as good as a checkpoint for all but going on with the run."""
 
-
 EXPORTED_ONNX = "model.onnx"
 """What it calls the other one, which no uhml reads."""
 
@@ -151,10 +150,10 @@ def find_checkpoint(source: str, name: str) -> tuple[Path, dict[str, Any]]:
     path = expanded(source)
     if path.is_dir() and (path / EXPORTED).is_file():
         path = path / EXPORTED
-    if (path / EXPORTED_ONNX).is_file():
-        raise UserError(f"{name}{source} is an export to ONNX: uhml reads those of --format safetensors.")
     if path.is_dir():
         newest = newest_checkpoint(path / "checkpoints")
+        if newest is None and (path / EXPORTED_ONNX).is_file():
+            raise UserError(f"{name}{source} is an export to ONNX: uhml reads those of --format safetensors.")
         if newest is None:
             raise UserError(f"{name}{source}: the folder holds no checkpoints/step-*.pt.")
         path, state = newest
