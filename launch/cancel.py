@@ -1,6 +1,7 @@
 """``uhml cancel``: end a run, wherever it runs or waits. It saves first; launched again, it goes on."""
 
 import argparse
+import dataclasses
 import logging
 import os
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from launch import slurm
 from launch.overview import present_job
+from launch.record import write_record
 from launch.status import existing_run, members
 from uhml.errors import UserError
 from uhml.run.status import read_status
@@ -57,4 +59,6 @@ def _cancel(run_dir: Path) -> None:
     if host != socket.gethostname():
         raise UserError(f"{run_dir} runs on {host}: cancel it there.")
     os.kill(pid, signal.SIGTERM)
+    if job is not None:
+        write_record(run_dir, dataclasses.replace(job, cancelled=True))
     logger.info("Asked process %d of %s to save and end.", pid, run_dir)

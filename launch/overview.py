@@ -113,17 +113,17 @@ def _state(run_dir: Path, record: JobRecord | None, status: RunStatus | None) ->
 
 
 def _state_in_slurm(record: JobRecord, status: RunStatus | None, job: slurm.Job) -> tuple[State, str]:
-    told = None if status is None else status.state
     if job.waits:
         # Between two slots the run has said "preempted", or, when its node died, nothing.
-        return ("queued" if told is None else "requeued"), job.reason
+        return ("queued" if status is None else "requeued"), job.reason
+    told = None if status is None or _is_of_an_earlier_launch(record, status) else status.state
     if told == "failed":
         assert status is not None
         return "failed", status.error or ""
     if job.state == "COMPLETING":
         return "stopping", ""
     if job.is_active:
-        if status is None or told in ("preempted", "starting"):
+        if status is None or told in (None, "preempted", "starting"):
             return "starting", ""
         return "running", _silence(status)
     if job.state == "CANCELLED":
@@ -135,16 +135,25 @@ def _state_in_slurm(record: JobRecord, status: RunStatus | None, job: slurm.Job)
 
 
 def _state_of_local_job(record: JobRecord, status: RunStatus | None, alive: bool) -> tuple[State, str]:
-    if status is not None and status.state == "failed":
-        return "failed", status.error or ""
+    told = None if status is None or _is_of_an_earlier_launch(record, status) else status
+    if told is not None and told.state == "failed":
+        return "failed", told.error or ""
     if alive:
-        if status is None or status.state == "preempted":
+        if record.cancelled:
+            return "stopping", ""
+        if told is None or told.state == "preempted":
             return "starting", ""
-        return status.state, _silence(status)
-    if status is not None and status.state == "preempted":
+        return told.state, _silence(told)
+    if told is not None and told.state == "preempted":
         return "preempted", ""
-    words = _last_words(record)
-    return ("failed", words) if words else ("lost", GONE)
+    if words := _last_words(record):
+        return "failed", words
+    return ("cancelled", "") if record.cancelled else ("lost", GONE)
+
+
+def _is_of_an_earlier_launch(record: JobRecord, status: RunStatus) -> bool:
+    """Whether the run has said nothing yet since its job was submitted."""
+    return status.updated_at < record.submitted_at  # both in UTC and in one format, which sorts by time
 
 
 def _last_words(record: JobRecord) -> str:
@@ -175,10 +184,13 @@ def _recall(run_dir: Path) -> tuple[dict[str, float] | None, int | None]:
 
 
 def present_job(run_dir: Path, status: RunStatus | None) -> JobRecord | None:
-    """Return the last job of a run; None where there was none, or where the run goes on by itself after a local one."""
+    """Return the last job of a run; None where there was none, or where the run goes on here without it."""
     job = read_record(run_dir, JobRecord)
-    if job is None or job.cluster == "slurm" or status is None or not _is_running_here(run_dir, status):
+    if job is None or status is None or not _is_running_here(run_dir, status):
         return job
+    if job.cluster == "slurm":
+        there = slurm.ask(job.job_id)
+        return job if there.is_active or there.waits else None
     return job if job.host == socket.gethostname() and is_controller(int(job.job_id)) else None
 
 

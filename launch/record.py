@@ -36,6 +36,8 @@ class JobRecord:
     num_ranks: int
     jobs: str
     """Folder of submitit's files and the ranks' output."""
+    cancelled: bool = False
+    """Whether the user has asked it to end, on cluster "local"; SLURM knows that by itself."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

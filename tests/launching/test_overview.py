@@ -164,6 +164,67 @@ def test_a_run_that_goes_on_by_itself_after_its_job(tmp_path, dead_pid, monkeypa
     assert signals[-1] == (os.getpid(), signal.SIGTERM)
 
 
+def test_a_run_that_goes_on_by_hand_after_its_job_in_slurm(tmp_path, monkeypatch):
+    (tmp_path / "launch").mkdir()
+    job = JobRecord(cluster="slurm", job_id="7", host=HERE, submitted_at="", num_ranks=2, jobs=str(tmp_path))
+    write_record(tmp_path, job)
+    write_status(tmp_path, status("running", host=HERE, pid=os.getpid()))
+    said, done = ["CANCELLED"], []
+    monkeypatch.setattr(slurm, "ask", lambda job_id: slurm.Job(said[-1]))
+    monkeypatch.setattr(slurm, "cancel", done.append)
+    monkeypatch.setattr(cancel.os, "kill", lambda *words: done.append(words) if words[1] else None)
+    assert overview.look(tmp_path).state == "cancelled"
+    with in_folder(tmp_path):
+        assert (overview.look(tmp_path).state, overview.look(tmp_path).job_id) == ("running", None)
+        assert cli.main(["cancel", str(tmp_path)]) == 0
+        # The job's own ranks are on this machine, too, where a node is.
+        said.append("RUNNING")
+        assert (overview.look(tmp_path).state, overview.look(tmp_path).job_id) == ("running", "7")
+        assert cli.main(["cancel", str(tmp_path)]) == 0
+    assert done == [(os.getpid(), signal.SIGTERM), "7"]
+
+
+@pytest.mark.parametrize("cluster", ["slurm", "local"])
+@pytest.mark.parametrize("state", ["running", "preempted", "failed"])
+def test_what_a_run_said_before_it_was_launched_again_is_of_the_past(tmp_path, monkeypatch, cluster, state):
+    (tmp_path / "launch").mkdir()
+    was, submitted, now = (f"2026-11-29T05:00:{second}+00:00" for second in ("07", "08", "08"))
+    alive = [True]
+    monkeypatch.setattr(slurm, "ask", lambda job_id: slurm.Job("RUNNING" if alive[-1] else "NODE_FAIL"))
+    monkeypatch.setattr(overview, "is_controller", lambda pid: alive[-1])
+    record = JobRecord(
+        cluster=cluster, job_id="7", host=HERE, submitted_at=submitted, num_ranks=2, jobs=str(tmp_path / "no")
+    )
+    write_record(tmp_path, record)
+    write_status(tmp_path, status(state, host="n17", updated_at=was))
+    assert (overview.look(tmp_path).state, overview.look(tmp_path).note) == ("starting", "")
+    write_status(tmp_path, status(state, host="n17", updated_at=now))
+    assert overview.look(tmp_path).state == ("starting" if state == "preempted" else state)
+    alive.append(False)
+    write_status(tmp_path, status(state, host="n17", updated_at=was))
+    assert overview.look(tmp_path).state == ("failed" if cluster == "slurm" else "lost")
+
+
+def test_a_local_job_that_was_cancelled_is_stopping_until_it_is_gone(tmp_path, monkeypatch):
+    (tmp_path / "launch").mkdir()
+    alive = [True]
+    monkeypatch.setattr(overview, "is_controller", lambda pid: alive[-1])
+    monkeypatch.setattr(cancel.os, "kill", lambda *words: None)
+    job = JobRecord(cluster="local", job_id="7", host=HERE, submitted_at="", num_ranks=2, jobs=str(tmp_path / "no"))
+    write_record(tmp_path, job)
+    assert overview.look(tmp_path).state == "starting"
+    assert cli.main(["cancel", str(tmp_path)]) == 0
+    assert overview.look(tmp_path).state == "stopping"
+    alive.append(False)
+    assert overview.look(tmp_path).state == "cancelled"
+    alive.append(True)
+    for said in ("running", "preempted"):
+        write_status(tmp_path, status(said))
+        assert overview.look(tmp_path).state == "stopping"
+    alive.append(False)
+    assert overview.look(tmp_path).state == "preempted"
+
+
 def test_what_is_no_run_is_passed_over_among_others(tmp_path, capsys, caplog):
     for name in ("run", "empty"):
         (tmp_path / name).mkdir()
