@@ -159,6 +159,9 @@ def test_a_log_takes_names_that_are_no_utf8(tmp_path):
 def test_a_run_that_ended_before_its_first_checkpoint_begins_again_whatever_its_config(tmp_path):
     with pytest.raises(Preempted), open_run_dir(tmp_path / "run", Config()):
         raise Preempted(15)
+    log = (tmp_path / "run" / "logs" / "rank0.log").read_text()
+    assert "Stopped by SIGTERM" in log
+    assert "Traceback" not in log  # it is no error
     (tmp_path / "run" / "metrics.jsonl").write_text("old")
     with open_run_dir(tmp_path / "run", dataclasses.replace(Config(), train=TrainConfig(seed=5))) as run:
         assert run.checkpoint is None

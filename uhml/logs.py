@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from uhml.environment import place
+from uhml.run.interruption import Preempted
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,9 @@ def to_file(path: Path) -> Iterator[None]:
     ):
         try:
             yield
+        except Preempted as e:
+            logger.debug("%s", e)
+            raise
         except BaseException:
             # At a level that the terminal does not show: what it needs to say there, the command line says.
             logger.debug("the run ended in an error", exc_info=True)

@@ -72,7 +72,8 @@ def test_table_and_plot(runs, capsys):
     folder, recalls = runs
     out = folder / "c.png"
     assert compare(*[folder / name for name in recalls], "--out", out) == 0
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
+    assert f"The plot is in {out}." in told
     mean, deviation = 100 * statistics.fmean([0.7, 0.8, 0.72]), 100 * np.std([0.7, 0.8, 0.72], ddof=1)
     assert "mean of 3" in said
     assert f"{mean:.1f} ± {deviation:.1f}" in said

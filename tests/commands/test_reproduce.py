@@ -144,13 +144,13 @@ def test_ctrl_c_ends_the_run_too_and_says_how_to_go_on(data, tmp_path):
     run = tmp_path / "cub200/ours/seed-0"
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 150
         while (status := read_status(run)) is None or status.step < 1:
             assert time.monotonic() < deadline, status
             assert child.poll() is None, child.stderr.read()
             time.sleep(0.1)
         child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=60)
+        _, err = child.communicate(timeout=100)
     finally:
         child.kill()
     assert child.returncode == 130, err
@@ -209,3 +209,7 @@ def test_data_that_training_would_refuse(data, tmp_path, capsys):
     assert again(tmp_path, tmp_path / "out") == 2
     assert "1 missing pictures" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    assert again(tmp_path, tmp_path / "out", "--dry-run") == 0
+    said = capsys.readouterr().err
+    assert "cub200: of the pictures that it lists 1 are missing" in said
+    assert "absent.png" in said

@@ -97,7 +97,8 @@ def _print(report: Report) -> None:
     table.add_column("")
     table.add_column("how many", justify="right")
     for part, count in found["pictures"].items():
-        classes = f" of {found['classes'][part]:,} classes" if part in found["classes"] else ""
+        num_classes = found["classes"].get(part, 0)
+        classes = f" of {num_classes:,} {'class' if num_classes == 1 else 'classes'}" if num_classes else ""
         table.add_row(f"{part} pictures{classes}", f"{count:,}")
     table.add_section()
     for finding in report.findings:

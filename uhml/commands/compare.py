@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from uhml.reporting.runs import (
     read_run,
     spread,
 )
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
   uhml compare runs/a runs/b --out compare.png
@@ -64,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
         console().print(table(runs))
     if args.out is not None:
         draw(args.out, runs)
+        logger.info("The plot is in %s.", args.out)
 
 
 def table(runs: Sequence[RunRecord]) -> Table:

@@ -224,11 +224,15 @@ def _data_sets(root: str) -> list[str]:
     found = []
     for name in OFFICIAL:
         try:
-            with missing_noted():
+            with missing_noted() as missing:
                 load_splits(name, expanded(root))
         except NoDataSet:
             continue
         found.append(name)
+        if missing:
+            logger.warning(
+                "%s: of the pictures that it lists %s are missing, first %s.", name, f"{len(missing):,}", missing[0]
+            )
     if not found:
         raise UserError(f"{root} holds none of {_looked_for()}: uhml prepare cub200 --root DIR puts one there.")
     return found

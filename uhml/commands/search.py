@@ -120,6 +120,7 @@ def run(args: argparse.Namespace) -> None:
         def show() -> None:
             if args.sheet is not None:
                 _draw(args.sheet, queries, found, len(gallery.paths))
+                logger.info("The pictures found are in %s.", args.sheet)
             if args.json:
                 print(json.dumps(_plain(trained, queries, found, len(gallery.paths)), indent=2))
                 return

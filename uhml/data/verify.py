@@ -58,7 +58,8 @@ def readable_pictures(splits: Splits, config: DataConfig) -> Splits:
         parts = {name: replace(part, cached=c) for (name, part), c in zip(parts.items(), found, strict=True)}
     readable = {name: _readable(part, said[name], config) for name, part in parts.items()}
     for name, part in readable.items():
-        classes = f" of {len(np.unique(part.labels))} classes" if part.labels is not None else ""
+        num_classes = 0 if part.labels is None else len(np.unique(part.labels))
+        classes = f" of {num_classes} {'class' if num_classes == 1 else 'classes'}" if num_classes else ""
         logger.info("%s: %d pictures%s", said[name], len(part), classes)
     return Splits(**readable)
 
