@@ -1,4 +1,6 @@
 import argparse
+import csv
+import itertools
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from uhml import cli
 from uhml.errors import UserError
 from uhml.hierarchy import Dendrogram, average_linkage, command, quality
 from uhml.hierarchy.geometry import Geometry
+from uhml.hierarchy.plot import _colors
 
 
 def cluster(*words):
@@ -39,8 +42,65 @@ def test_everything_that_is_asked_for_is_written(files, capsys):
     assert (files / "tree.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     assert "600 points" in said
+    assert "silhouette: of d²" in said
     assert "purity" in said
     assert len([line for line in said.splitlines() if line.startswith("│")]) == 2
+
+
+@pytest.mark.parametrize("names", ["none", "beside", "within"])
+def test_levels_as_a_table_of_pictures(files, names):
+    rows, paths = np.load(files / "x.npy"), [f"a b/{i},é.jpg" for i in range(600)]
+    source = files / "x.npy"
+    if names == "beside":
+        with (files / "x.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["path"], *([path] for path in paths)])
+    elif names == "within":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        source = files / "x.parquet"
+        vectors = pa.array(rows.astype(np.float32).tolist(), pa.list_(pa.float32(), rows.shape[1]))
+        pq.write_table(pa.table({"path": paths, "vector": vectors}), source)
+    words = ("--geometry", "euclidean", "--counts", "8,40")
+    cluster(source, "--out", files / "tree.npz", *words, "--levels", files / "levels.csv")
+    with (files / "levels.csv").open(newline="", encoding="utf-8") as file:
+        heading, *found = csv.reader(file)
+    assert heading == ["row" if names == "none" else "path", "clusters_40", "clusters_8"]
+    assert [row[0] for row in found] == ([str(i) for i in range(600)] if names == "none" else paths)
+    expected = average_linkage(rows, geometry="euclidean").cut(counts=[40, 8])
+    assert np.array_equal(np.array([row[1:] for row in found], int).T, expected.numpy())
+
+
+def test_names_of_pictures_are_not_written_over(files):
+    (files / "x.csv").write_text("path\n" + "a\n" * 600)
+    with pytest.raises(UserError, match="are one file"):
+        cluster(files / "x.npy", "--out", files / "tree.npz", "--levels", files / "x.csv", "--overwrite")
+    (files / "x.csv").write_text("path\n" + "a\n" * 599)
+    with pytest.raises(UserError, match="600 vectors, and 599 pictures"):
+        cluster(files / "x.npy", "--out", files / "tree.npz", "--levels", files / "levels.csv")
+    # What is beside concerns only who asks for pictures.
+    cluster(files / "x.npy", "--out", files / "tree.npz", "--levels", files / "levels.npy")
+
+
+@pytest.mark.parametrize("num_clusters", [1, 2, 7, 15, 30])
+def test_each_cluster_of_the_coarsest_cut_is_drawn_in_one_colour_and_its_neighbours_in_others(num_clusters):
+    # Parts that no neighbour joins: all are merged at one height, at which no height could tell clusters apart.
+    tree = average_linkage(torch.cat([torch.randn(9, 3) / 99 + 5 * i for i in range(20)]), geometry="euclidean", num_neighbors=4)
+    top, _ = tree.top(60)
+    color_of = _colors(top, num_clusters)
+    drawn = scipy.cluster.hierarchy.dendrogram(top, no_plot=True, link_color_func=color_of)
+    clusters = Dendrogram(top).cut(counts=[num_clusters])[0].tolist()
+    below = [{leaf} for leaf in range(60)]
+    of_cluster = {}
+    for t, (left, right) in enumerate(top[:, :2].astype(int)):
+        below.append(below[left] | below[right])
+        within = {clusters[leaf] for leaf in below[-1]}
+        if len(within) > 1:
+            assert color_of(60 + t) == "#888888"
+        else:
+            of_cluster.setdefault(*within, set()).add(color_of(60 + t))
+    assert all(len(colors) == 1 for colors in of_cluster.values())
+    in_order = [next(iter(of_cluster[c])) for c in dict.fromkeys(clusters[i] for i in drawn["leaves"]) if c in of_cluster]
+    assert len(set(in_order)) == min(len(in_order), 10 if num_clusters <= 10 else 20)
+    assert all(a != b for a, b in itertools.pairwise(in_order))
 
 
 def test_one_point(tmp_path):
@@ -61,7 +121,9 @@ def test_one_point(tmp_path):
         (["x.npy", "--out", "tree.npz", "--num-neighbors", "0"], "num_neighbors=0"),
         (["x.npy", "--out", "tree.txt"], "must end in .npz"),
         (["x.npy", "--out", "tree.npz", "--levels", "old.npy"], "old.npy is there already.*--overwrite"),
-        (["x.npy", "--out", "tree.npz", "--levels", "."], "--levels . is a folder"),
+        (["x.npy", "--out", "tree.npz", "--levels", "f.npy"], "--levels f.npy is a folder"),
+        (["x.npy", "--out", "tree.npz", "--levels", "levels.txt"], "must end in .npy or .csv"),
+        (["x.parquet", "--out", "tree.npz"], "no file"),
         (["x.npy", "--out", "tree.npz", "--plot", "tree.txt"], "--plot tree.txt must end in"),
     ],
 )
@@ -69,6 +131,7 @@ def test_what_is_refused(files, words, message, monkeypatch):
     monkeypatch.chdir(files)
     (files / "words.npy").write_text("words")
     (files / "old.npy").touch()
+    (files / "f.npy").mkdir()
     with pytest.raises(UserError, match=message):
         cluster(*words)
     assert not (files / "tree.npz").exists()

@@ -1,8 +1,11 @@
 """``uhml cluster``: cluster the rows of a file, and say how good the clusters are."""
 
 import argparse
+import codecs
+import csv
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,7 @@ logger = logging.getLogger(__name__)
 EXAMPLES = """\
 examples:
   uhml cluster embeddings.npy --out tree.npz
+  uhml cluster vectors.parquet --out tree.npz --counts 100 --levels clusters.csv
   uhml cluster embeddings.npy --geometry cosine --out tree.npz --counts 1000,100,10 --levels levels.npy --plot tree.png
   uhml cluster embeddings.npy --mode exact --out tree.npz --labels labels.npy
 """
@@ -36,7 +40,12 @@ MODE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``uhml cluster``."""
     parser.epilog = EXAMPLES
-    parser.add_argument("embeddings", type=Path, metavar="EMBEDDINGS.npy", help="matrix of floats, one row a point")
+    parser.add_argument(
+        "embeddings",
+        type=Path,
+        metavar="EMBEDDINGS",
+        help="matrix of floats, one row a point, as .npy; or the .npy or .parquet of uhml embed",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="TREE.npz", help="where to write the tree")
     parser.add_argument("--mode", choices=MODES, default="graph", help=MODE)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="poincare", help="default: %(default)s")
@@ -67,7 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="numbers of clusters of the cuts to report (default: 1000,100,10)",
     )
     parser.add_argument("--labels", type=Path, metavar="LABELS.npy", help="true labels, to score the clusters against")
-    parser.add_argument("--levels", type=Path, metavar="LEVELS.npy", help="where to write the cuts: int32 [K, n]")
+    parser.add_argument(
+        "--levels",
+        type=Path,
+        metavar="LEVELS",
+        help="where to write the cuts: as .npy, int32 [K, n], or as .csv, the clusters of each row, with its picture if "
+        "EMBEDDINGS is of uhml embed",
+    )
     parser.add_argument("--plot", type=Path, metavar="TREE.png", help="where to draw the top of the tree")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
 
@@ -79,7 +94,9 @@ def run(args: argparse.Namespace) -> None:
         UserError: a file or an option is not usable.
     """
     # What can be wrong is looked at before the long work.
-    embeddings = _load(args.embeddings)
+    lists_pictures = args.levels is not None and args.levels.suffix.lower() == ".csv"
+    names_file = args.embeddings.with_suffix(".csv")
+    embeddings, names = _embeddings(args.embeddings, lists_pictures and names_file.is_file())
     if embeddings.dtype.kind != "f" or embeddings.dtype.itemsize > 8:
         raise UserError(f"{args.embeddings} holds {embeddings.dtype}; embeddings are floats of at most 64 bits.")
     embeddings = embeddings.astype(embeddings.dtype.newbyteorder("="), copy=False)
@@ -89,12 +106,15 @@ def run(args: argparse.Namespace) -> None:
             f"--labels {args.labels} has shape {labels.shape}, and {args.embeddings} {embeddings.shape}: there must be "
             "one label for each row."
         )
-    used = [path.resolve() for path in (args.embeddings, args.labels, args.out, args.levels, args.plot) if path]
+    files = [args.embeddings, args.labels, args.out, args.levels, args.plot, names and names_file]
+    used = [path.resolve() for path in files if path]
     if len(set(used)) < len(used):
-        raise UserError("Two of EMBEDDINGS, --labels, --out, --levels and --plot are one file: name another.")
+        raise UserError(
+            "Two of EMBEDDINGS, the .csv beside it, --labels, --out, --levels and --plot are one file: name another."
+        )
     check_out(args.out, "--out", (".npz",), args.overwrite)
     if args.levels:
-        check_out(args.levels, "--levels", (), args.overwrite)
+        check_out(args.levels, "--levels", (".npy", ".csv"), args.overwrite)
     if args.plot:
         check_out(args.plot, "--plot", PLOT_SUFFIXES, args.overwrite)
     device = _device(args.device)
@@ -115,8 +135,7 @@ def run(args: argparse.Namespace) -> None:
     tree.save(args.out)
     levels = tree.cut(counts=args.counts)
     if args.levels:
-        with opened_aside(args.levels) as file:
-            np.save(file, levels.numpy())
+        _write_levels(args.levels, levels.numpy(), sorted(args.counts, reverse=True), names)
     if args.plot:
         title = f"{args.mode}, {args.geometry}, {tree.num_points:,} points"
         draw_top(tree, title, [int(clusters.max()) + 1 for clusters in levels]).savefig(args.plot)
@@ -133,7 +152,7 @@ def summary(levels: Tensor, points: Tensor, geometry: Geometry, labels: np.ndarr
         geometry: the geometry they are points of.
         labels: ``[n]`` true labels, if there are any.
     """
-    table = Table(title=f"{levels.shape[1]:,} points")
+    table = Table(title=f"{levels.shape[1]:,} points", caption=f"silhouette: of {geometry.measure}")
     scores = ("NMI", "AMI", "purity") if labels is not None else ()
     for heading in ("clusters", "single", "median", "largest", "silhouette", *scores):
         table.add_column(heading, justify="right")
@@ -145,6 +164,28 @@ def summary(levels: Tensor, points: Tensor, geometry: Geometry, labels: np.ndarr
             row += [f"{score:.3f}" for score in quality.agreement(clusters, labels)]
         table.add_row(*row)
     return table
+
+
+def _embeddings(path: Path, with_names: bool) -> tuple[np.ndarray, Sequence[str] | None]:
+    """Return the rows of a file, and their pictures where those are in it, or in the ``.csv`` beside it."""
+    is_parquet = path.suffix.lower() == ".parquet"
+    if not (is_parquet or with_names):
+        return _load(path), None
+    # Here alone: with it come networks, which take seconds to import.
+    from uhml.trained.vectors import read_vectors
+
+    vectors = read_vectors(path)
+    return np.array(vectors.rows) if is_parquet else _load(path), vectors.paths
+
+
+def _write_levels(out: Path, levels: np.ndarray, counts: Sequence[int], names: Sequence[str] | None) -> None:
+    with opened_aside(out) as file:
+        if out.suffix.lower() == ".npy":
+            np.save(file, levels)
+            return
+        text = csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape"), lineterminator="\n")
+        text.writerow(["row" if names is None else "path", *(f"clusters_{count}" for count in counts)])
+        text.writerows([name, *row] for name, row in zip(names or range(levels.shape[1]), levels.T.tolist(), strict=True))
 
 
 def _load(path: Path) -> np.ndarray:

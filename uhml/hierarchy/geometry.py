@@ -75,6 +75,13 @@ class Geometry:
         # arsinh is the best conditioned form: Möbius addition and artanh break first.
         return 2 / math.sqrt(self.c) * torch.asinh((self.c * gap).sqrt())
 
+    @property
+    def measure(self) -> str:
+        """What the gap is, but for a factor, in the terms of the distance d."""
+        if self.name == "cosine":
+            return "1 - cosine"
+        return "d²" if self.c == 0 else "cosh(√c d) - 1"
+
     def mean_dissimilarity(self, mean_gap: Tensor) -> Tensor:
         """Return the mean over pairs of what cluster sums can average, from the mean gap of the pairs.
 

@@ -39,7 +39,8 @@ def _time(plan: Plan) -> Table:
 
 
 def _memory(plan: Plan) -> Table:
-    table = Table(title="Memory, GiB")
+    parts = "network and the largest part" if plan.memory_main.reused else "network, steps, and the largest other part"
+    table = Table(title="Memory, GiB", caption=f"peak: {parts}")
     headings = ("", "network, AdamW", "steps", "embedding", "clustering", "evaluation", "peak", "there is")
     for heading in headings:
         table.add_column(heading, justify="right" if heading else "left")
