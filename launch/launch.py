@@ -9,9 +9,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from launch import slurm, submit
+from launch import slurm, snapshot, submit
 from launch.overview import look
-from launch.record import FOLDER, SweepRecord, write_record
+from launch.record import FOLDER, SweepRecord, read_record, write_record
 from launch.status import members
 from launch.submit import Resources
 from launch.sweep import combinations, folder_name
@@ -36,6 +36,8 @@ finished. The run keeps to the code and the config of the moment of its launch.
 
 # What has an option of its own, by sbatch's names.
 OWN = ("nodes", "gpus-per-node", "ntasks-per-node", "cpus-per-task", "mem", "time", "partition", "signal")
+# What a launched run relies on.
+FIXED = ("job-name", "array", "output", "error", "open-mode", "requeue", "no-requeue", "wrap")
 LOCAL_MINUTES = 60 * 24 * 365
 
 
@@ -86,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
     resources = _resources(args)
     sweep = combinations(args.sweep)
     run_dir = run_dir_of(args).resolve()
+    snapshot.refuse_name(run_dir)
     if args.sweep:
         names = [folder_name(values) for values in sweep]
         typed = {override.partition("=")[0] for override in args.overrides}
@@ -103,15 +106,20 @@ def run(args: argparse.Namespace) -> None:
         runs[run_dir / name] = load_config(args.config, overrides, num_ranks=resources.num_ranks)
     if resources.cluster == "slurm" and resources.gpus_per_node and resources.cpus_per_task is None:
         resources = _with_cores(resources, max(config.data.num_workers for config in runs.values()))
-    for own_dir, config in runs.items():
-        _refuse_if_taken(own_dir, config, args.allow_change)
+    in_sweep = bool(args.sweep)
+    finished = [own for own, config in runs.items() if _is_done(own, config, args.allow_change, in_sweep=in_sweep)]
+    for own_dir in finished:
+        logger.info("%s is finished.", own_dir.name)
+        del runs[own_dir]
+    if not runs:
+        raise UserError(f"All runs of the sweep in {run_dir} are finished: uhml status shows them.")
 
     if args.dry_run:
         _show(resources, run_dir, list(runs))
         return
     records = submit.submit(resources, run_dir, runs, args.allow_change)
     if args.sweep:
-        write_record(run_dir, SweepRecord(runs=names, values=sweep))
+        write_record(run_dir, _with_earlier(run_dir, SweepRecord(runs=names, values=sweep)))
     what = "process" if resources.cluster == "local" else "job"
     of = f" of {len(runs)} runs" if args.sweep else ""
     logger.info("Submitted %s %s%s in %s.", what, records[0].job_id.split("_")[0], of, run_dir)
@@ -140,6 +148,10 @@ def _resources(args: argparse.Namespace) -> Resources:
         name, given, value = option.lstrip("-").partition("=")
         if name in OWN:
             raise UserError(f"--sbatch {option}: use the option of uhml launch for {name}.")
+        if name in FIXED:
+            raise UserError(f"--sbatch {option}: uhml launch sets {name} itself.")
+        if not name:
+            raise UserError(f"--sbatch {option!r} names no option.")
         sbatch[name] = value if given else True
     minutes = args.time or (LOCAL_MINUTES if args.cluster == "local" else 24 * 60)
     signal_delay = args.signal_delay or 300
@@ -162,19 +174,37 @@ def _resources(args: argparse.Namespace) -> Resources:
     )
 
 
-def _refuse_if_taken(run_dir: Path, config: Config, allow_change: list[str]) -> None:
-    """Refuse a folder of which nothing is known, and a run that is done, under way, or was another one."""
+def _with_earlier(folder: Path, sweep: SweepRecord) -> SweepRecord:
+    """Return the sweep with the runs that an earlier one of the same keys has left in its folder."""
+    before = read_record(folder, SweepRecord)
+    if before is None or before.values[0].keys() != sweep.values[0].keys():
+        return sweep
+    earlier = [(run, values) for run, values in zip(before.runs, before.values, strict=True) if run not in sweep.runs]
+    runs, values = ([*column] for column in zip(*earlier, *zip(sweep.runs, sweep.values, strict=True), strict=True))
+    return SweepRecord(runs=runs, values=values)
+
+
+def _is_done(run_dir: Path, config: Config, allow_change: list[str], *, in_sweep: bool) -> bool:
+    """Return whether a run of a sweep is finished; refuse a folder that no run is to begin or go on in.
+
+    Raises:
+        UserError: nothing is known of what the folder holds, or its run is under way, or was another one, or is
+            finished and no run of a sweep.
+    """
     if not run_dir.is_dir() or not any(run_dir.iterdir()):
-        return
+        return False
     view = look(run_dir)
     if view is None:
         raise UserError(f"{run_dir} holds no run, but other files: name another folder by --run-dir.")
-    if view.state == "finished":
+    if view.state == "finished" and not in_sweep:
         raise UserError(f"The run in {run_dir} is finished: name another folder by --run-dir.")
+    if view.state == "stopping":
+        raise UserError(f"The run in {run_dir} is stopping: wait until uhml status says that it has ended.")
     if view.is_under_way:
         raise UserError(f"The run in {run_dir} is {view.state} already: uhml cancel ends it, or name another folder.")
     if any((run_dir / "checkpoints").glob("step-*.pt")):
         refuse_changes(load_config(run_dir / "config.yaml", num_ranks=1), config, allow_change)
+    return view.state == "finished"
 
 
 def _refuse_if_not_for_sweep(folder: Path) -> None:
@@ -195,10 +225,11 @@ def _show(resources: Resources, run_dir: Path, runs: list[Path]) -> None:
     if resources.cluster == "slurm":
         print(f"Would submit by sbatch:\n\n{submit.script(resources, run_dir, len(runs))}")
     else:
-        print(f"Would start {resources.num_ranks} processes here.")
+        print(f"Would start {resources.num_ranks} {'process' if resources.num_ranks == 1 else 'processes'} here.")
     for own_dir in runs:
         command = ["uhml", "train", str(own_dir / FOLDER / "config.yaml"), "--run-dir", str(own_dir)]
-        print(f"Each of {resources.num_ranks} ranks: {shlex.join(command)}")
+        ranks = "The rank" if resources.num_ranks == 1 else f"Each of {resources.num_ranks} ranks"
+        print(f"{ranks}: {shlex.join(command)}")
     sys.stdout.flush()
 
 

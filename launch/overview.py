@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -72,12 +73,13 @@ def look(run_dir: Path) -> View | None:
     if status is not None:
         view = _with_status(view, run_dir, status)
     state, note = _state(run_dir, record, status)
-    return dataclasses.replace(view, state=state, note=note)
+    left = view.seconds_left if state == "running" else None
+    return dataclasses.replace(view, state=state, note=note, seconds_left=left)
 
 
 def _with_status(view: View, run_dir: Path, status: RunStatus) -> View:
     left = None
-    if status.state == "running" and status.seconds_per_step is not None:
+    if status.seconds_per_step is not None:
         left = (status.num_steps - status.step) * status.seconds_per_step
     recall, recall_at = _recall(run_dir) if status.state == "finished" else (None, None)
     return dataclasses.replace(
@@ -131,6 +133,8 @@ def _state_in_slurm(record: JobRecord, status: RunStatus | None, job: slurm.Job)
     words = _last_words(record)
     if told == "preempted" and not (words and job.state == "FAILED"):
         return "preempted", f"SLURM says {job.state}; launch it again to go on"
+    if not Path(record.jobs).is_dir():
+        return "failed", f"SLURM says {job.state}; {record.jobs} is gone: was the run's folder moved? Launch it again"
     return "failed", words or f"SLURM says {job.state}; see {record.jobs}"
 
 
@@ -157,12 +161,17 @@ def _is_of_an_earlier_launch(record: JobRecord, status: RunStatus) -> bool:
 
 
 def _last_words(record: JobRecord) -> str:
-    """The error that ended rank 0 before the run could say anything of itself, if it printed one."""
+    """The error that rank 0 printed before the run could say anything of itself, or that it was killed."""
     try:
         printed = (Path(record.jobs) / f"{record.job_id}_0_log.err").read_text(errors="replace")
     except OSError:
         return ""
-    return next((line.partition("error: ")[2] for line in reversed(printed.splitlines()) if " error: " in line), "")
+    # Of the ranks' own lines the last; srun, which has the last word, says only that tasks have ended.
+    if own := re.findall(r"^\d\d:\d\d:\d\d error: (.+)$", printed, re.MULTILINE):
+        return str(own[-1])
+    if re.search(r"^srun: error: .*: Killed$", printed, re.MULTILINE):
+        return "a process was killed, perhaps for want of memory: launch it again to go on"
+    return ""
 
 
 def _silence(status: RunStatus) -> str:
@@ -186,12 +195,26 @@ def _recall(run_dir: Path) -> tuple[dict[str, float] | None, int | None]:
 def present_job(run_dir: Path, status: RunStatus | None) -> JobRecord | None:
     """Return the last job of a run; None where there was none, or where the run goes on here without it."""
     job = read_record(run_dir, JobRecord)
+    if status is not None and status.slurm_job and (job is None or not _is_of_an_earlier_launch(job, status)):
+        job = _of_batch_script(status.slurm_job, run_dir, status)
     if job is None or status is None or not _is_running_here(run_dir, status):
         return job
     if job.cluster == "slurm":
         there = slurm.ask(job.job_id)
         return job if there.is_active or there.waits else None
     return job if job.host == socket.gethostname() and is_controller(int(job.job_id)) else None
+
+
+def _of_batch_script(job_id: str, run_dir: Path, status: RunStatus) -> JobRecord:
+    """Return the job of a run that ``slurm/train.sbatch`` has started, as if ``uhml launch`` had."""
+    return JobRecord(
+        cluster="slurm",
+        job_id=job_id,
+        host=status.host,
+        submitted_at=status.started_at,
+        num_ranks=status.world_size,
+        jobs=str(run_dir / "logs"),
+    )
 
 
 def _is_running_here(run_dir: Path, status: RunStatus) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import launch
 import uhml
+from uhml.errors import UserError
 
 PACKAGES = (uhml, launch)
 
@@ -29,6 +30,20 @@ def environment(folder: Path) -> dict[str, str]:
     # Without PYTHONSAFEPATH, `python -m` looks into the current folder first: the checkout, as likely as not.
     users = os.environ.get("PYTHONPATH")
     return {"PYTHONPATH": f"{folder}:{users}" if users else str(folder), "PYTHONSAFEPATH": "1"}
+
+
+def refuse_name(folder: Path) -> None:
+    """Check that a job can take its code from the snapshot in ``folder``, and SLURM write beside it.
+
+    Raises:
+        UserError: a letter of the folder's name means something else to Python or SLURM.
+    """
+    for letter in (":", "%", "\\", "\n"):
+        if letter in str(folder):
+            raise UserError(
+                f"{folder} has {letter!r} in its name, which Python's path or SLURM's file names take for something "
+                "else: name another folder by --run-dir."
+            )
 
 
 def is_in_use(folder: Path) -> bool:

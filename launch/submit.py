@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -77,8 +78,8 @@ def submit(
     Raises:
         UserError: a folder cannot be written, or SLURM does not take the job; nothing is left then that was not there.
     """
-    executor = _executor(resources, run_dir)
     with _undone_on_error([run_dir, *runs]):
+        executor = _executor(resources, run_dir)
         jobs: list[TrainingJob] = []
         for own_dir, config in runs.items():
             (own_dir / FOLDER).mkdir(parents=True, exist_ok=True)
@@ -155,11 +156,19 @@ def _undone_on_error(folders: Sequence[Path]) -> Iterator[None]:
         for folder in new:
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(e, FailedJobError):
-            reason = str(e).strip().rpartition("\n")[2].removeprefix("sbatch: error: ")
-            raise UserError(f"SLURM does not take the job: {reason}") from e
+            raise UserError(f"SLURM does not take the job: {_sbatchs_words(str(e))}") from e
         if isinstance(e, OSError):
-            raise UserError(f"The run's folder cannot be written: {e}") from e
+            # Of a folder that is copied, shutil tells of every file.
+            first = e.args[0][0][2] if isinstance(e, shutil.Error) else e
+            raise UserError(f"The run's folder cannot be written: {first}") from e
         raise
+
+
+def _sbatchs_words(printed: str) -> str:
+    """Return why sbatch refuses, in one line."""
+    lines = [re.sub(r"^sbatch: (error: |fatal: )?", "", line.strip()) for line in printed.splitlines()]
+    said = "; ".join(line for line in lines if line and "--help" not in line) or printed.strip()
+    return f"{said}; is SLURM_CONF set?" if "configuration source" in said else said
 
 
 @contextlib.contextmanager

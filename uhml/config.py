@@ -501,8 +501,8 @@ def refuse_changes(before: Config, now: Config, allowed: Sequence[str]) -> None:
     if changes:
         raise UserError(
             f"The run was started with another config ({'; '.join(said for _, said in changes)}): start it with that, "
-            f"or add --allow-change {','.join(key for key, _ in changes)} to go on with the new one, or --overwrite to "
-            "begin anew."
+            f"or add --allow-change {','.join(key for key, _ in changes)} to go on with the new one, or begin anew in "
+            "another folder, or by uhml train --overwrite."
         )
 
 

@@ -83,7 +83,9 @@ def test_names_of_pictures_are_not_written_over(files):
 @pytest.mark.parametrize("num_clusters", [1, 2, 7, 15, 30])
 def test_each_cluster_of_the_coarsest_cut_is_drawn_in_one_colour_and_its_neighbours_in_others(num_clusters):
     # Parts that no neighbour joins: all are merged at one height, at which no height could tell clusters apart.
-    tree = average_linkage(torch.cat([torch.randn(9, 3) / 99 + 5 * i for i in range(20)]), geometry="euclidean", num_neighbors=4)
+    tree = average_linkage(
+        torch.cat([torch.randn(9, 3) / 99 + 5 * i for i in range(20)]), geometry="euclidean", num_neighbors=4
+    )
     top, _ = tree.top(60)
     color_of = _colors(top, num_clusters)
     drawn = scipy.cluster.hierarchy.dendrogram(top, no_plot=True, link_color_func=color_of)
@@ -98,7 +100,9 @@ def test_each_cluster_of_the_coarsest_cut_is_drawn_in_one_colour_and_its_neighbo
         else:
             of_cluster.setdefault(*within, set()).add(color_of(60 + t))
     assert all(len(colors) == 1 for colors in of_cluster.values())
-    in_order = [next(iter(of_cluster[c])) for c in dict.fromkeys(clusters[i] for i in drawn["leaves"]) if c in of_cluster]
+    in_order = [
+        next(iter(of_cluster[c])) for c in dict.fromkeys(clusters[i] for i in drawn["leaves"]) if c in of_cluster
+    ]
     assert len(set(in_order)) == min(len(in_order), 10 if num_clusters <= 10 else 20)
     assert all(a != b for a, b in itertools.pairwise(in_order))
 

@@ -16,12 +16,12 @@ from launched import assert_same_run, has_taken, is_finished, printed, uhml, vie
 
 from launch import overview, submit
 from launch.job import TrainingJob
-from launch.launch import _minutes
+from launch.launch import _minutes, _with_earlier
 from launch.record import JobRecord, SweepRecord, read_record, write_record
 from launch.submit import Resources
 from launch.sweep import combinations, folder_name
 from uhml import cli
-from uhml.config import load_config
+from uhml.config import dump_config, load_config
 from uhml.errors import UserError
 from uhml.run.status import RunStatus, write_status
 
@@ -116,6 +116,9 @@ def test_dry_run_of_a_sweep_is_one_array(sbatch_only, config, run_dir, capsys):
         (["--cluster", "local", "--nodes", "2"], "--nodes is for SLURM"),
         (["--cluster", "local", "--sweep", "train.seed=0,1"], "--sweep is for SLURM"),
         (["--sbatch", "nodes=3"], "use the option of uhml launch for nodes"),
+        (["--sbatch", "no-requeue"], "uhml launch sets no-requeue itself"),
+        (["--sbatch", "array=0-3"], "uhml launch sets array itself"),
+        (["--sbatch", "=3"], "'=3' names no option"),
         (["--time", "5"], "raise --time or lower --signal-delay"),
         (["--sweep", "train.seed"], "write section.key=value,value"),
         (["--sweep", "train.seed=0,0"], "a value is there twice"),
@@ -136,6 +139,69 @@ def test_without_slurm_the_user_is_told_so(config, run_dir, monkeypatch, caplog)
     assert launch(config, "--run-dir", run_dir) == 2
     assert "There is no SLURM on this machine" in caplog.text
     assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("name", ["col:on", "p%j", "back\\slash"])
+def test_a_folder_that_no_job_could_write_to_is_refused(sbatch_only, config, tmp_path, caplog, name):
+    assert launch(config, "--run-dir", tmp_path / name) == 2
+    assert "name another folder by --run-dir" in caplog.text
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("cluster", ["slurm", "local"])
+def test_a_full_disk_leaves_nothing_and_is_told_once(sbatch_only, config, run_dir, caplog, monkeypatch, cluster):
+    full = [("a.py", "b.py", "[Errno 28] No space left on device: 'b.py'"), ("c.py", "d.py", "[Errno 28] again")]
+
+    def copy(folder):
+        raise shutil.Error(full)
+
+    monkeypatch.setattr(submit.snapshot, "take_snapshot", copy)
+    assert launch(config, "--run-dir", run_dir, "--cluster", cluster) == 2
+    assert caplog.text.count("Errno") == 1
+    assert "The run's folder cannot be written: [Errno 28] No space left on device: 'b.py'" in caplog.text
+    assert not run_dir.exists()
+
+
+def test_why_slurm_refuses():
+    printed = """
+sbatch: unrecognized option '--nosuch=3'
+Try "sbatch --help" for more information
+"""
+    assert submit._sbatchs_words(printed) == "unrecognized option '--nosuch=3'"
+    printed = (
+        "sbatch: error: Memory specification can not be satisfied\nsbatch: error: Batch job submission failed: No\n"
+    )
+    assert (
+        submit._sbatchs_words(printed) == "Memory specification can not be satisfied; Batch job submission failed: No"
+    )
+    assert "is SLURM_CONF set?" in submit._sbatchs_words("sbatch: fatal: Could not establish a configuration source")
+
+
+def test_a_sweep_goes_on_with_what_is_not_finished(sbatch_only, config, run_dir, capsys, caplog):
+    names = [f"train.seed={seed}" for seed in range(3)]
+    (run_dir / "launch").mkdir(parents=True)
+    write_record(run_dir, SweepRecord(runs=names, values=[{"train.seed": str(seed)} for seed in range(3)]))
+    (run_dir / names[1] / "checkpoints").mkdir(parents=True)
+    (run_dir / names[1] / "checkpoints" / "step-00000009.pt").touch()
+    (run_dir / names[1] / "result.json").write_text('{"frozen": null, "start": null, "trained": null}')
+    write_status(run_dir / names[1], RunStatus(**finished_status()))
+    again = ["--run-dir", run_dir, "--sweep", "train.seed=0,1,2", "--dry-run"]
+    (run_dir / names[1] / "config.yaml").write_text(dump_config(load_config(config, ["train.seed=1"])))
+    assert launch(config, *again) == 0
+    assert "#SBATCH --array=0-1%2\n" in capsys.readouterr().out
+    assert "train.seed=1 is finished." in caplog.text
+    assert launch(config, *again, "loss.omega=0.9") == 2
+    assert "loss.omega: 0.8 -> 0.9" in caplog.text
+    assert launch(config, "--run-dir", run_dir, "--sweep", "train.seed=1", "--dry-run") == 2
+    assert "All runs of the sweep" in caplog.text
+    # A part of it launched again is still a part of it.
+    both = _with_earlier(
+        run_dir, SweepRecord(runs=[names[2], "train.seed=3"], values=[{"train.seed": s} for s in "23"])
+    )
+    assert both.runs == [*names, "train.seed=3"]
+    assert [values["train.seed"] for values in both.values] == ["0", "1", "2", "3"]
+    other = SweepRecord(runs=["a"], values=[{"loss.omega": "0.9"}])
+    assert _with_earlier(run_dir, other) == other
 
 
 def test_a_submission_that_fails_leaves_nothing(sbatch_only, config, run_dir, caplog):

@@ -16,7 +16,7 @@ import pytest
 from launch import cancel, overview, slurm
 from launch.record import JobRecord, write_record
 from uhml import cli
-from uhml.run.status import RunStatus, write_status
+from uhml.run.status import RunStatus, StatusReport, read_status, reported, write_status
 
 HERE = socket.gethostname()
 
@@ -113,13 +113,60 @@ def test_a_slot_that_failed_before_the_run_could_say_so_shows_its_error(tmp_path
     assert (found.state, found.note) == ("failed", "data.root=/gone is no folder")
 
 
+@pytest.mark.parametrize("state", ["FAILED", "TIMEOUT"])
+def test_what_srun_says_last_is_not_the_error(tmp_path, monkeypatch, state):
+    (tmp_path / "launch").mkdir()
+    record = JobRecord(cluster="slurm", job_id="7", host=HERE, submitted_at="", num_ranks=4, jobs=str(tmp_path))
+    write_record(tmp_path, record)
+    monkeypatch.setattr(slurm, "ask", lambda job_id: slurm.Job(state))
+    printed = "12:00:00 error: data.root=/gone is no folder\nsrun: error: n1: task 0: Exited with exit code 2\n"
+    (tmp_path / "7_0_log.err").write_text(f"{printed}slurmstepd-n1: error: x\nsrun: error: n2: task 1: Terminated\n")
+    assert overview.look(tmp_path).note == "data.root=/gone is no folder"
+    write_status(tmp_path, status("running"))
+    (tmp_path / "7_0_log.err").write_text("srun: error: n1: task 0: Killed\n")
+    found = overview.look(tmp_path)
+    assert (found.state, found.seconds_left) == ("failed", None)
+    assert "killed, perhaps for want of memory" in found.note
+    (tmp_path / "7_0_log.err").write_text("srun: error: n2: task 1: Terminated\n")
+    assert f"SLURM says {state}; see " in overview.look(tmp_path).note
+    write_record(tmp_path, dataclasses.replace(record, jobs=str(tmp_path / "before" / "jobs")))
+    assert "was the run's folder moved?" in overview.look(tmp_path).note
+
+
+def test_a_run_of_the_batch_script_has_the_job_that_it_names(tmp_path, monkeypatch):
+    cancelled = []
+    monkeypatch.setattr(slurm, "ask", lambda job_id: slurm.Job("PENDING", "Priority"))
+    monkeypatch.setattr(slurm, "cancel", cancelled.append)
+    monkeypatch.setenv("UHML_SLURM_JOB", "34")
+    with reported(StatusReport(tmp_path, 100, 2, active=True, before=None)):
+        pass
+    write_status(tmp_path, dataclasses.replace(read_status(tmp_path), state="preempted"))
+    found = overview.look(tmp_path)
+    assert (found.state, found.note, found.job_id, found.cluster) == ("requeued", "Priority", "34", "slurm")
+    assert cli.main(["cancel", str(tmp_path)]) == 0
+    assert cancelled == ["34"]
+    # The last launch counts, however the run was started before.
+    (tmp_path / "launch").mkdir()
+    later = (datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)).isoformat(timespec="seconds")
+    for submitted_at, job_id in ((later, "35"), ("", "34")):
+        record = JobRecord(
+            cluster="slurm", job_id="35", host=HERE, submitted_at=submitted_at, num_ranks=2, jobs=str(tmp_path)
+        )
+        write_record(tmp_path, record)
+        assert overview.look(tmp_path).job_id == job_id
+    monkeypatch.delenv("UHML_SLURM_JOB")
+    with reported(StatusReport(tmp_path, 100, 2, active=True, before=read_status(tmp_path))):
+        assert read_status(tmp_path).slurm_job is None
+
+
 @pytest.mark.parametrize("says", ["nothing", "preempted"])
 def test_a_batch_script_is_requeued_only_by_what_its_own_slot_has_said(tmp_path, says):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "status.json").write_text('{"state": "preempted", "step": 3}')
-    programs = {"srun": "exit 1", "scontrol": 'echo "scontrol $*"'}
+    programs = {"srun": 'echo "job $UHML_SLURM_JOB"; exit 1', "scontrol": 'echo "scontrol $*"'}
     if says == "preempted":
-        programs["srun"] = f'echo \'{{"state": "preempted", "step": 9}}\' > {tmp_path}/run/status.json; exit 1'
+        told = f'echo \'{{"state": "preempted", "step": 9}}\' > {tmp_path}/run/status.json'
+        programs["srun"] = f"echo job $UHML_SLURM_JOB; {told}; exit 1"
     for name, does in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / name).chmod(0o755)
@@ -129,6 +176,7 @@ def test_a_batch_script_is_requeued_only_by_what_its_own_slot_has_said(tmp_path,
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ("scontrol requeue 7" in ended.stdout) == (says == "preempted")
     assert ended.returncode == (0 if says == "preempted" else 1), ended.stderr
+    assert "job 7" in ended.stdout  # which the run is to name
 
 
 def test_a_run_without_a_job(tmp_path, dead_pid):

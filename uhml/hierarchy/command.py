@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--levels",
         type=Path,
         metavar="LEVELS",
-        help="where to write the cuts: as .npy, int32 [K, n], or as .csv, the clusters of each row, with its picture if "
+        help="where to write the cuts: as .npy, int32 [K, n], or as .csv, a line for each row, with its picture where "
         "EMBEDDINGS is of uhml embed",
     )
     parser.add_argument("--plot", type=Path, metavar="TREE.png", help="where to draw the top of the tree")
@@ -185,7 +185,9 @@ def _write_levels(out: Path, levels: np.ndarray, counts: Sequence[int], names: S
             return
         text = csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape"), lineterminator="\n")
         text.writerow(["row" if names is None else "path", *(f"clusters_{count}" for count in counts)])
-        text.writerows([name, *row] for name, row in zip(names or range(levels.shape[1]), levels.T.tolist(), strict=True))
+        text.writerows(
+            [name, *row] for name, row in zip(names or range(levels.shape[1]), levels.T.tolist(), strict=True)
+        )
 
 
 def _load(path: Path) -> np.ndarray:

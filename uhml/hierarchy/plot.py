@@ -49,7 +49,8 @@ def draw_top(tree: Dendrogram, title: str, cuts: Sequence[int] = ()) -> Figure:
 
 def _colors(top: np.ndarray, num_clusters: int) -> Callable[[int], str]:
     """Return the colour of each merge: within a cluster of a cut its own, as far as there are twenty, grey above."""
-    palette = [to_hex(color) for color in matplotlib.colormaps["tab10" if num_clusters <= 10 else "tab20"].colors]
+    colormap = matplotlib.colormaps["tab10" if num_clusters <= 10 else "tab20"]
+    palette = [to_hex(colormap(i)) for i in range(colormap.N)]
     m = len(top) + 1
     colors: dict[int, str] = {}
     # From the top down and from left to right, as scipy draws it: neighbours get colours that follow each other.

@@ -151,7 +151,8 @@ class HyperbolicHead(nn.Module):
         num_axes = int(fitted.any(1).count_nonzero())
         if num_axes < self._axes_told:
             logger.warning(
-                "The %d training pictures differ along %d axes only, and %s has %d: the others stay 0, and do no harm.",
+                "The %d training pictures differ along %d axes only, and %s has %d: the others stay 0. So few pictures "
+                "are all about equally far from each other; go by the order of their distances.",
                 num_pictures,
                 num_axes,
                 ball,

@@ -59,8 +59,10 @@ def watch(own_points: Tensor, levels: Tensor, config: ModelConfig) -> list[Guard
     low, high = (radii / config.clip_radius).sort().values[[num_pictures // 20, num_pictures - 1 - num_pictures // 20]]
     largest = int(torch.bincount(levels[-1].long()).max()) / num_pictures
     num_axes = min(config.embedding_dim, num_pictures - 1)
+    # Whitened, no more pictures than dimensions are about equally long whatever they show.
+    least_spread = 0.005 if num_pictures > config.embedding_dim else 0.0
     return [
         Guard("effective_rank", effective_rank, 0.1 * num_axes, False, "the embedding uses few of its dimensions"),
-        Guard("radius_spread", float(high - low), 0.005, False, "all points lie equally far from the centre"),
+        Guard("radius_spread", float(high - low), least_spread, False, "all points lie equally far from the centre"),
         Guard("largest_cluster", largest, 0.5, True, "one cluster of the coarsest level holds most pictures"),
     ]

@@ -149,9 +149,9 @@ class Reporter:
                 self.tensorboard.add_scalar(f"guards/{guard.name}_alarm", guard.alarm, step)
         for guard in guards:
             if guard.rings:
-                logger.warning(
-                    "step %d: %s is %.3g, beyond %.3g: %s.", step, guard.name, guard.value, guard.alarm, guard.meaning
-                )
+                beyond = "above" if guard.alarm_above else "below"
+                found = f"{guard.name} is {guard.value:.3g}, {beyond} {guard.alarm:g}"
+                logger.warning("step %d: %s: %s.", step, found, guard.meaning)
 
     def distances(self, step: int, pairs: Pairs, num_levels: int) -> None:
         """Record how far apart pairs of a batch are, by the finest level on which they share a cluster.

@@ -47,6 +47,8 @@ class RunStatus:
     world_size: int
     error: str | None
     """One line, where the state is "failed"."""
+    slurm_job: str | None = None
+    """The job that starts the run again when it is preempted, under ``slurm/train.sbatch``."""
 
 
 def read_status(run_dir: Path) -> RunStatus | None:
@@ -98,6 +100,7 @@ class StatusReport:
             pid=os.getpid(),
             world_size=world_size,
             error=None,
+            slurm_job=os.environ.get("UHML_SLURM_JOB"),
         )
         self.tell()
 
