@@ -4,7 +4,6 @@ import contextlib
 import errno
 import logging
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,9 +41,7 @@ def to_terminal() -> Iterator[None]:
     handler = _AboveProgressBars()
     # From the environment, as this comes before there is a process group.
     handler.setLevel(logging.INFO if place().rank == 0 else logging.ERROR)
-    with _attached(handler, "%(asctime)s %(message)s", "%H:%M:%S"), warnings.catch_warnings():
-        # timm 1.0 calls it at import; nothing a user of uhml could do about it.
-        warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
+    with _attached(handler, "%(asctime)s %(message)s", "%H:%M:%S"):
         logging.captureWarnings(True)
         try:
             yield

@@ -6,15 +6,22 @@ geoopt looks at the curvature on the device to choose a formula, for which each 
 """
 
 import math
-from typing import Any
+import warnings
+from typing import TYPE_CHECKING, Any
 
-import geoopt
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    import geoopt
 
-def ball(curvature: float) -> geoopt.PoincareBall:
+
+def ball(curvature: float) -> "geoopt.PoincareBall":
     """Return geoopt's ball of sectional curvature ``-curvature``, without weights."""
+    with warnings.catch_warnings():
+        # Its functions are torch's scripts, which torch deprecates. With what it brings it takes a second to import.
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
+        import geoopt
     # In float64, for geoopt keeps log(exp(c) - 1), where float32 loses a small c: 1e-6 would be 5 % off.
     fixed = geoopt.PoincareBall(c=torch.tensor(curvature, dtype=torch.float64))
     # And it keeps it as a parameter. In a network's weights it would come along with model.init_from, and

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import errno
 import os
 import re
@@ -57,6 +58,42 @@ def test_rows_are_the_network_s_and_names_are_kept(finished_run, shapes, tmp_pat
     # What names the rows is itself a list of the pictures, in that order.
     assert list(list_images(out.with_suffix(".csv")).paths) == paths
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_script_gets_the_same_points(finished_run, shapes, tmp_path):
+    out = tmp_path / "vectors.npy"
+    assert embed(finished_run, "--images", shapes, "--out", out, *EMBED) == 0
+    rows, paths = read_vectors(out)
+    network = load_trained(str(finished_run))
+    trained = dataclasses.replace(network, config=overridden(network.config, EMBED))
+    points = trained.embed(paths)
+    assert torch.equal(points, torch.from_numpy(rows))
+    torch.testing.assert_close(network.embed([Path(path) for path in paths]), points, rtol=0, atol=1e-5)
+    opened = [Image.open(path) for path in paths]
+    assert torch.equal(points, trained.embed(opened))
+    assert trained.embed([]).shape == (0, trained.config.model.embedding_dim)
+    assert "Embedder" not in repr(network)
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(UserError, match="is empty"):
+        network.embed([paths[0], tmp_path / "a.jpg"])
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_images_of_a_script_are_looked_at_like_files(finished_run, tmp_path, mode):
+    network = load_trained(str(finished_run))
+    deep = np.random.default_rng(0).integers(0, 65536, (50, 70), np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    turned = Image.fromarray((deep // 257).astype(np.uint8))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    files = [tmp_path / "deep.png", tmp_path / "turned.jpg"]
+    images = [Image.open(file) for file in files]
+    sizes = [image.size for image in images]
+    assert torch.equal(network.embed(images), network.embed(files))
+    assert [image.size for image in images] == sizes
+    with pytest.raises(UserError, match=f"An image of mode {mode} has .* grey values"):
+        network.embed([Image.fromarray(np.full((9, 9), -1.0)).convert(mode)])
 
 
 def test_parquet_holds_the_same(finished_run, shapes, tmp_path):

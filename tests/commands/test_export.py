@@ -52,11 +52,11 @@ def make_run(tmp_path):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Two pictures, neither square."""
+    """Two pictures, neither square; one of them is grey, of 16 bits."""
     random = np.random.default_rng(0)
     paths = [tmp_path / "a.jpg", tmp_path / "b.jpg"]
-    for path, shape in zip(paths, [(60, 83, 3), (97, 51, 3)], strict=True):
-        Image.fromarray(random.integers(0, 256, shape, np.uint8)).save(path)
+    Image.fromarray(random.integers(0, 256, (60, 83, 3), np.uint8)).save(paths[0])
+    Image.fromarray(random.integers(0, 65536, (97, 51), np.uint16)).save(paths[1], format="PNG")
     return paths
 
 

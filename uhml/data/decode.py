@@ -59,6 +59,20 @@ def load_rgb(path: str | Path) -> Image.Image:
         raise UnreadablePicture(f"The picture {path} {refusal}.") from refusal
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return an image that Pillow has opened as :func:`load_rgb` would have it.
+
+    Raises:
+        UnreadablePicture: it cannot be decoded, or has grey values of which none is agreed to be white.
+    """
+    try:
+        return _upright_rgb(image.copy())  # the user's stays as it is
+    except _Refused as refusal:
+        raise UnreadablePicture(f"An image of mode {image.mode} {refusal}.") from refusal
+    except Exception as error:  # of a file that it has yet to read, as in _decode
+        raise UnreadablePicture(f"An image of mode {image.mode} cannot be decoded ({error}).") from error
+
+
 def opened(path: str | Path) -> io.BufferedReader | io.BytesIO:
     """Open a picture's file, or a member of a tar file by the path ``shard.tar/member.jpg``.
 
@@ -147,10 +161,7 @@ def _decode(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore")
             with opened(path) as file, Image.open(file, formats=sorted(set(FORMATS.values()))) as image:
                 image.draft(None, (DRAFT_SIDE, DRAFT_SIDE))
-                image.load()
-                with contextlib.suppress(Exception):  # of a broken EXIF block
-                    ImageOps.exif_transpose(image, in_place=True)
-                return _to_rgb(image)
+                return _upright_rgb(image)
     except (_Refused, UserError):
         raise
     except FileNotFoundError as error:
@@ -169,6 +180,13 @@ def _why_unidentified(path: str) -> str:
     if stamp(path)[0] == 0:
         return "is empty (0 bytes)"
     return f"is in none of the formats {', '.join(sorted(set(FORMATS.values())))}"
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    with contextlib.suppress(Exception):  # of a broken EXIF block
+        ImageOps.exif_transpose(image, in_place=True)
+    return _to_rgb(image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

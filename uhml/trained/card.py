@@ -34,16 +34,10 @@ NETWORKS = {
 """The parts of result.json, and what they are scores of."""
 
 UHML_CODE = """\
-import torch
-from uhml.data.decode import load_rgb
-from uhml.data.transforms import plain_transform
 from uhml.trained import load_trained
 
-trained = load_trained("model.safetensors")
-transform = plain_transform(trained.config.data, trained.model.backbone.mean, trained.model.backbone.std)
-images = torch.stack([transform(load_rgb(path)) for path in ("a.jpg", "b.jpg")])
-with torch.inference_mode():
-    points = trained.model(images)
+network = load_trained("model.safetensors")
+points = network.embed(["a.jpg", "b.jpg"])
 """
 
 ONNX_CODE = """\
@@ -51,7 +45,10 @@ import numpy as np, onnxruntime
 from PIL import Image, ImageOps
 
 def read(path):
-    picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    picture = ImageOps.exif_transpose(Image.open(path))
+    if picture.mode.startswith("I"):  # of 16 bits, which Pillow would cut off at 255
+        picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+    picture = picture.convert("RGB")
 {fit}
     return ((np.asarray(picture) / 255 - {mean}) / {std}).transpose(2, 0, 1)
 

@@ -2,11 +2,16 @@
 
 import dataclasses
 import datetime
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from uhml.config import Config, parse_dump
+from uhml.data.decode import as_rgb, load_rgb
+from uhml.data.transforms import plain_transform
 from uhml.errors import UserError
 from uhml.model import Embedder, build_embedder
 from uhml.run.checkpoint import find_checkpoint
@@ -26,11 +31,11 @@ class Trained:
         saved_at: when the file was written.
     """
 
-    model: Embedder
-    config: Config
+    model: Embedder = dataclasses.field(repr=False)
+    config: Config = dataclasses.field(repr=False)
     step: int
     checkpoint: Path
-    pictures: list[tuple[int, str]] | None
+    pictures: list[tuple[int, str]] | None = dataclasses.field(repr=False)
     saved_at: datetime.datetime
 
     @property
@@ -38,6 +43,29 @@ class Trained:
         """The folder of the run; for a checkpoint that lies alone, the folder it lies in."""
         folder = self.checkpoint.parent
         return folder.parent if folder.name == "checkpoints" else folder
+
+    def embed(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
+        """Map pictures to points of the ball, in this process. For very many, ``uhml embed`` reads ahead and survives.
+
+        Args:
+            images: n files, or images that Pillow has opened.
+
+        Returns:
+            ``[n, embedding_dim]`` float32, on the CPU; :func:`uhml.poincare.distance_matrix` says how far apart they
+            are, with ``config.model.curvature``.
+
+        Raises:
+            UnreadablePicture: one of them cannot be read.
+        """
+        transform = plain_transform(self.config.data, self.model.backbone.mean, self.model.backbone.std)
+        points = torch.empty(len(images), self.config.model.embedding_dim)
+        with torch.inference_mode():
+            for start in range(0, len(images), self.config.eval.batch_size):
+                batch = images[start : start + self.config.eval.batch_size]
+                decoded = [as_rgb(one) if isinstance(one, Image.Image) else load_rgb(one) for one in batch]
+                tensors = torch.stack([transform(image) for image in decoded])
+                points[start : start + len(batch)] = self.model(tensors.to(self.model.device)).cpu()
+        return points
 
 
 def load_trained(source: str, device: torch.device | str = "cpu") -> Trained:
