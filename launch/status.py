@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -72,7 +73,9 @@ def existing_run(folder: Path) -> View:
     if view is not None:
         return view
     if folder.exists():
-        raise NoRun(f"{folder} holds no run.")
+        inside = folder.is_dir() and any(look(own) is not None for own in folder.iterdir() if own.is_dir())
+        hint = f" Those in it are shown by uhml status {shlex.quote(str(folder))}/*" if inside else ""
+        raise NoRun(f"{folder} holds no run.{hint}")
     raise no_such_run(folder)
 
 

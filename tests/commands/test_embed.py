@@ -243,6 +243,7 @@ def test_memory_does_not_grow_with_the_pictures(finished_run, shapes, tmp_path):
     [
         (["--images", "absent", "--out", "v.npy"], "absent: there is no such folder or list"),
         (["--images", "one.png", "--out", "v.npy"], "is a picture: name a folder"),
+        (["--images", "one.tar", "--out", "v.npy"], "is a tar file: name the folder"),
         (["--images", "empty", "--out", "v.npy"], "holds no picture"),
         (["--images", "gone.txt", "--out", "v.npy"], "of which 1 are missing"),
         (["--images", "list.txt", "--out", "v.txt"], "must end in .npy or .parquet"),
@@ -257,6 +258,7 @@ def test_what_is_refused(finished_run, shapes, tmp_path, monkeypatch, capsys, wo
     monkeypatch.chdir(tmp_path)
     one = next(shapes.rglob("*.png"))
     shutil.copy(one, "one.png")
+    (tmp_path / "one.tar").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "gone.txt").write_text("absent.png\n")
     (tmp_path / "list.txt").write_text("one.png\n")

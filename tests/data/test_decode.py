@@ -10,6 +10,7 @@ from PIL import Image
 
 from uhml.data import decode
 from uhml.data.decode import UnreadablePicture, find_unreadable, load_rgb
+from uhml.data.formats import FORMATS
 from uhml.errors import UserError
 
 GRADIENT = np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1))
@@ -31,6 +32,12 @@ def test_grey(tmp_path, suffix):
     path = saved(tmp_path, Image.fromarray(GRADIENT), f"grey.{suffix}")
     difference = np.asarray(load_rgb(path)).astype(int) - GRADIENT[..., None]
     assert abs(difference).max() <= (8 if suffix in ("webp", "jpg") else 0)
+
+
+@pytest.mark.skipif(".avif" not in FORMATS, reason="this Pillow cannot decode AVIF")
+def test_avif(tmp_path):
+    path = saved(tmp_path, Image.new("RGB", (32, 24), (200, 30, 70)), "photo.avif")
+    assert np.allclose(pixel(path, (8, 8)), (200, 30, 70), atol=4)
 
 
 def test_black_and_white(tmp_path):

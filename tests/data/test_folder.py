@@ -1,6 +1,7 @@
 import errno
 import logging
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,27 @@ def test_hidden_files_and_other_files_are_passed_over(tmp_path, draw, caplog):
     with caplog.at_level(logging.INFO):
         splits = load_splits("folder", tmp_path)
     assert len(splits.train) == len(splits.test) == 1
-    assert "passed over 2 files that are no pictures" in caplog.text
+    assert re.search(
+        r"passed over 2 files that are no pictures: (1 .txt, 1 .db|1 .db, 1 .txt)$", caplog.text, re.MULTILINE
+    )
+    assert "not read" not in caplog.text
+
+
+def test_pictures_of_a_kind_that_is_not_read_are_missed_aloud(tmp_path, draw, caplog):
+    draw(tmp_path, "a/1.png", "b/1.png")
+    for name in ("a/2.HEIC", "b/3.heic", "b/4.jxl"):
+        (tmp_path / name).write_bytes(b"x")
+    load_splits("folder", tmp_path)
+    assert "pictures in .heic and .jxl are not read; convert them" in caplog.text
+
+
+def test_a_root_that_is_not_there_is_told_with_the_folder_it_was_looked_for_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder", "shards", "cub200"):
+        with pytest.raises(UserError, match=f"data.root=gone is no folder in {re.escape(str(tmp_path))}; "):
+            load_splits(name, Path("gone"))
+        with pytest.raises(UserError, match=f"data.root={re.escape(str(tmp_path))}/gone is no folder; "):
+            load_splits(name, tmp_path / "gone")
 
 
 def test_links_are_followed_but_not_round_and_round(tmp_path, draw):

@@ -75,6 +75,9 @@ def test_everything_may_train(listing):
     [
         ("", "expected a header with the column path, found nothing"),
         ("file,label\np/a.png,1\n", "expected a header with the column path, found file, label"),
+        ("path;label\np/a.png;1\n", "found path;label. Between the columns there must be commas, not ';'"),
+        ("Label,Path\n1,p/a.png\n", "found Label, Path. Did you mean 'path' by 'Path'?"),
+        ("path\np\\a.png\n", "first .* Between folders there must be /"),
         ("path,lable\np/a.png,1\n", "the column 'lable' means nothing here. Did you mean 'label'?"),
         ("path,split\np/a.png,train\n", "the column split needs a column label"),
         ("path,label\np/a.png\n", "line 2: expected 2 fields"),
@@ -91,6 +94,17 @@ def test_everything_may_train(listing):
 def test_refusals(listing, text, match):
     with pytest.raises(UserError, match=match):
         load_splits("list", listing(text))
+
+
+def test_columns_in_a_list_of_paths_are_told(listing):
+    for mark in (",", "\t"):
+        with pytest.raises(UserError, match=r"must be named \.csv"):
+            load_splits("list", listing(f"p/a.png{mark}1\n", "list.tsv"))
+
+
+def test_pictures_listed_twice_are_told(listing, caplog):
+    load_splits("list", listing("path\np/a.png\np/b.png\np/a.png\np/a.png\n"))
+    assert "lists 2 pictures more than once" in caplog.text
 
 
 def test_refused_roots(tmp_path):

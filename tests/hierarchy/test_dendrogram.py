@@ -151,6 +151,16 @@ def test_what_is_no_tree_is_refused(tmp_path, content):
         Dendrogram.load(path)
     with pytest.raises(UserError, match="no file"):
         Dendrogram.load(tmp_path / "absent")
+    with pytest.raises(UserError, match="no file"):
+        Dendrogram.load(tmp_path)
+
+
+def test_a_tree_says_what_it_is_and_has_a_leaf_at_least():
+    tree = average_linkage(np.array([[0.0, 0.0], [0.1, 0.0], [0.5, 0.0]]), geometry="euclidean", mode="dense")
+    assert repr(tree) == "<Dendrogram of 3 points, merged at heights 0.1 to 0.45>"
+    assert repr(average_linkage(np.zeros((1, 2)))) == "<Dendrogram of 1 point>"
+    with pytest.raises(UserError, match="num_leaves=0 must be at least 1"):
+        tree.top(0)
 
 
 @settings(max_examples=30, deadline=None)

@@ -374,12 +374,39 @@ def test_products_are_true_float32_however_it_was_allowed():
 
 
 @pytest.mark.parametrize(
+    ("embeddings", "message"),
+    [
+        (None, "must be floats of at most 64 bits; these are object"),
+        (np.array([["a"], ["b"]]), "these are <U1"),
+        (np.zeros((3, 2), np.longdouble), "these are (float128|longdouble)"),
+        (np.ma.masked_array(np.eye(3), mask=np.eye(3)), "leave out the rows of a masked one"),
+        (np.eye(3, dtype=int), "must be a matrix of floats"),
+    ],
+)
+def test_what_is_no_matrix_of_floats_is_refused(embeddings, message):
+    with pytest.raises(UserError, match=message):
+        average_linkage(embeddings)
+
+
+def test_arrays_of_another_machine_and_lists_are_taken():
+    x = mixture(0, 40)[0].numpy()
+    expected = average_linkage(x).to_scipy()
+    for same in (x.astype(x.dtype.newbyteorder(">")), x.tolist(), np.asfortranarray(x)):
+        assert np.array_equal(average_linkage(same).to_scipy()[:, :2], expected[:, :2])
+
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"mode": "grpah"}, "mode='grpah' is not one of .*Did you mean 'graph'"),
         ({"geometry": "lorentz"}, "geometry='lorentz' is not one of"),
         ({"curvature": float("nan")}, "curvature=nan"),
         ({"num_neighbors": 0}, "num_neighbors=0"),
+        ({"num_neighbors": 2.5}, "num_neighbors=2.5 must be a whole number"),
+        pytest.param({"device": "cuda"}, "device=cuda cannot be used here", marks=no_gpu),
         ({"min_recall": 90}, "min_recall=90"),
     ],
 )

@@ -406,6 +406,12 @@ def test_status_of_no_run_suggests_one(tmp_path, caplog):
     assert "Did you mean 'sop-lite0'?" in caplog.text
     assert cli.main(["status", str(tmp_path / "sop-lite0")]) == 2
     assert "holds no run" in caplog.text
+    assert "Those in it" not in caplog.text
+    (tmp_path / "sop-lite0" / "a").mkdir()
+    write_status(tmp_path / "sop-lite0" / "a", RunStatus(**finished_status()))
+    (tmp_path / "sop-lite0" / "a" / "result.json").write_text('{"frozen": null, "start": null, "trained": null}')
+    assert cli.main(["status", str(tmp_path / "sop-lite0")]) == 2
+    assert f"Those in it are shown by uhml status {tmp_path}/sop-lite0/*" in caplog.text
 
 
 def test_a_sweep_keeps_out_of_other_runs_folders(sbatch_only, config, run_dir, caplog, monkeypatch):

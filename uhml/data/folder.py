@@ -2,12 +2,14 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from uhml.data.formats import FORMATS
 from uhml.data.names import common_folder
 from uhml.data.pictures import Pictures, Splits
+from uhml.data.reading import no_folder
 from uhml.data.splitting import first_half, split
 from uhml.errors import UserError
 
@@ -15,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 PARTS = {"train", "training", "test", "val", "valid", "validation"}
 """Names of folders that are parts of a data set, not classes."""
+
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg")
+"""Suffixes of pictures, too, which those who have such will miss."""
 
 
 def folder(root: Path | None) -> Splits:
@@ -35,7 +40,7 @@ def folder(root: Path | None) -> Splits:
     if root is None:
         raise UserError("data.dataset=folder needs data.root: the folder with the pictures.")
     if not root.is_dir():
-        raise UserError(f"data.root={root} is no folder; data.dataset=folder expects one with pictures.")
+        raise UserError(f"{no_folder(root)}; data.dataset=folder expects one with pictures.")
     paths = pictures_below(root, f"data.root={root}")
     base = common_folder(paths)
     # Strings alone: for a million lists Python's garbage collector would take longer than all of this.
@@ -69,17 +74,24 @@ def pictures_below(root: Path, said: str) -> list[str]:
     Raises:
         UserError: there is no picture.
     """
-    paths, num_others = [], 0
+    paths: list[str] = []
+    others: Counter[str] = Counter()
     for path in files_below(root):
-        if os.path.splitext(path)[1].lower() in FORMATS:
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in FORMATS:
             paths.append(path)
         else:
-            num_others += 1
-    if num_others:
-        logger.info("%s: passed over %s files that are no pictures", root, f"{num_others:,}")
+            others[suffix or "without suffix"] += 1
+    if others:
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common(4))
+        more = ", ..." if len(others) > 4 else ""
+        number = f"{others.total():,}"
+        logger.info("%s: passed over %s files that are no pictures: %s%s", root, number, kinds, more)
+    unread = [suffix for suffix in UNREAD if suffix in others]
+    if unread:
+        logger.warning("%s: pictures in %s are not read; convert them to JPEG or PNG", root, " and ".join(unread))
     if not paths:
-        tars = any(path.lower().endswith(".tar") for path in files_below(root))
-        hint = " Those in tar files are read with data.dataset=shards." if tars else ""
+        hint = " Those in tar files are read with data.dataset=shards." if ".tar" in others else ""
         raise UserError(f"{said} holds no picture ({', '.join(FORMATS)}), nor do folders below it.{hint}")
     # By the names of folders, then of files: those of one folder together, and as people sort them.
     return sorted(paths, key=lambda path: path.replace(os.sep, "\0"))

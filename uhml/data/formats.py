@@ -1,5 +1,7 @@
 """Which files are taken for pictures."""
 
+from PIL import features
+
 FORMATS = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
@@ -18,3 +20,6 @@ FORMATS = {
 
 Other formats stay out because Pillow opens some of them (EPS) by running other programs.
 """
+
+if features.check("avif"):  # as in the wheels of Pillow since 11.3
+    FORMATS[".avif"] = "AVIF"

@@ -36,6 +36,8 @@ def _listed(source: Path) -> Pictures:
     source = Path(os.path.abspath(expanded(source)))
     if source.suffix.lower() in FORMATS and not source.is_dir():
         raise UserError(f"--images {source} is a picture: name a folder, or a text or CSV file that lists pictures.")
+    if source.suffix.lower() == ".tar" and source.is_file():
+        raise UserError(f"--images {source} is a tar file: name the folder that such files are in.")
     if not source.exists():
         raise UserError(f"--images {source}: there is no such folder or list.")
     if source.is_dir() and holds_shards_only(source):

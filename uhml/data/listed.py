@@ -71,6 +71,8 @@ def read_list(file: Path) -> dict[str, list[str]]:
     if not columns["path"]:
         raise UserError(f"{file} lists no pictures.")
     check_exist(columns["path"], file)
+    if num_again := len(columns["path"]) - len(set(columns["path"])):
+        logger.warning("%s lists %s pictures more than once.", file, f"{num_again:,}")
     return columns
 
 
@@ -79,8 +81,17 @@ def _read_csv(file: Path) -> dict[str, list[str]]:
     reader = csv_rows(file)
     _, header = next(reader, (1, []))
     if "path" not in header:
+        odd = next((mark for mark in (";", "\t") if any(mark in field for field in header)), None)
+        lower = [field.lower() for field in header]
+        meant = (
+            f" Between the columns there must be commas, not {odd!r}."
+            if odd
+            else f" Did you mean 'path' by {header[lower.index('path')]!r}?"
+            if "path" in lower
+            else ""
+        )
         raise UserError(
-            f"{file}, line 1: expected a header with the column path, found {', '.join(header) or 'nothing'}."
+            f"{file}, line 1: expected a header with the column path, found {', '.join(header) or 'nothing'}.{meant}"
         )
     for other in set(header) - set(COLUMNS):
         if guess := did_you_mean(other, COLUMNS):

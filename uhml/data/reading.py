@@ -37,10 +37,13 @@ def find_home(root: Path | None, name: str, folder: str, markers: Sequence[str])
     for home in (root, root / folder):
         if any((home / marker).exists() for marker in markers):
             return home
-    found = "is no folder" if not root.is_dir() else f"holds {_some(sorted(os.listdir(root)))}"
-    raise NoDataSet(
-        f"data.root={root} {found}; data.dataset={name} expects {expected} in it or in its folder {folder}."
-    )
+    found = no_folder(root) if not root.is_dir() else f"data.root={root} holds {_some(sorted(os.listdir(root)))}"
+    raise NoDataSet(f"{found}; data.dataset={name} expects {expected} in it or in its folder {folder}.")
+
+
+def no_folder(root: Path) -> str:
+    """Say that ``data.root`` is no folder and, if it depends on that, where it was looked for."""
+    return f"data.root={root} is no folder{'' if root.is_absolute() else f' in {os.getcwd()}'}"
 
 
 def read_lines(path: Path) -> list[str]:
@@ -128,7 +131,17 @@ def check_exist(paths: Sequence[str], listed_in: Path) -> None:
     elif missing:
         raise UserError(
             f"{listed_in} lists {len(paths):,} pictures, of which {len(missing):,} are missing, first {missing[0]}."
+            f"{_what_is_odd(missing[0])}"
         )
+
+
+def _what_is_odd(path: str) -> str:
+    """Return what to say of a path that was perhaps meant otherwise."""
+    if "\\" in path:
+        return " Between folders there must be /, not \\."
+    if "\t" in path or "," in path:
+        return " A list with more than a path on each line must be named .csv, and have a header and commas."
+    return ""
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from uhml.data.folder import files_below
 from uhml.data.formats import FORMATS
 from uhml.data.members import SUFFIX, index
 from uhml.data.pictures import Pictures, Splits
+from uhml.data.reading import no_folder
 from uhml.data.splitting import first_half, split
 from uhml.errors import UserError
 from uhml.progress import progress
@@ -37,7 +38,7 @@ def shards(root: Path | None) -> Splits:
     if root is None:
         raise UserError("data.dataset=shards needs data.root: the folder with the tar files.")
     if not root.is_dir():
-        raise UserError(f"data.root={root} is no folder; data.dataset=shards expects one with tar files.")
+        raise UserError(f"{no_folder(root)}; data.dataset=shards expects one with tar files.")
     paths, labels = pictures_in_shards(root, f"data.root={root}")
     unknown = [path for path, label in zip(paths, labels, strict=True) if not label]
     if not unknown:

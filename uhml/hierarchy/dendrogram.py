@@ -45,6 +45,10 @@ class Dendrogram:
     def __init__(self, linkage: np.ndarray) -> None:
         self._linkage = linkage
 
+    def __repr__(self) -> str:
+        heights = f", merged at heights {self.heights[0]:.4g} to {self.heights[-1]:.4g}" if len(self.heights) else ""
+        return f"<Dendrogram of {self.num_points:,} {'point' if self.num_points == 1 else 'points'}{heights}>"
+
     @classmethod
     def from_merges(cls, merges: Sequence[Merges]) -> Self:
         """Build the tree from all its n - 1 merges, in any order in which children stand before their parents.
@@ -179,7 +183,12 @@ class Dendrogram:
         Returns:
             its linkage matrix ``[m - 1, 4]``, whose sizes count leaves, and the number of points in each leaf ``[m]``,
             where m is ``num_leaves`` or, if that is less, n.
+
+        Raises:
+            UserError: there must be a leaf at least.
         """
+        if num_leaves < 1:
+            raise UserError(f"num_leaves={num_leaves} must be at least 1.")
         n, m = self.num_points, min(num_leaves, self.num_points)
         made = n - m
         merges = self._linkage[made:].copy()
@@ -213,7 +222,7 @@ class Dendrogram:
         try:
             with np.load(path, allow_pickle=False) as file:
                 linkage = file["linkage"]
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             raise UserError(f"There is no file {path}.") from None
         except (ValueError, KeyError, zipfile.BadZipFile, EOFError, TypeError, AttributeError):
             raise UserError(f"{path} is not a tree written by uhml.") from None

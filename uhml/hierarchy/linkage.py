@@ -302,12 +302,24 @@ def _of_first(
 
 
 def _tensor(embeddings: Tensor | np.ndarray, device: torch.device | str | None) -> Tensor:
+    if not isinstance(embeddings, Tensor):
+        if isinstance(embeddings, np.ma.MaskedArray):
+            raise UserError("Embeddings must be a plain array: leave out the rows of a masked one, or fill them.")
+        embeddings = np.asarray(embeddings)
+        if embeddings.dtype.kind not in "fiub" or embeddings.dtype.itemsize > 8:
+            raise UserError(f"Embeddings must be floats of at most 64 bits; these are {embeddings.dtype}.")
+        # torch has no array that runs backwards, and none of another machine's order of bytes.
+        embeddings = embeddings.astype(embeddings.dtype.newbyteorder("="), copy=False)
+        if min(embeddings.strides, default=0) < 0:
+            embeddings = np.ascontiguousarray(embeddings)
     with warnings.catch_warnings():
         # Of arrays that may not be written to, such as memory-mapped files; nothing here writes to them.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        if isinstance(embeddings, np.ndarray) and min(embeddings.strides, default=0) < 0:
-            embeddings = np.ascontiguousarray(embeddings)  # torch has no array that runs backwards
-        return torch.as_tensor(embeddings, device=device)
+        tensor = torch.as_tensor(embeddings)
+    try:
+        return tensor.to(device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"device={device} cannot be used here: {str(e).splitlines()[0]}") from e
 
 
 def _precise(embeddings: Tensor, mode: str) -> Tensor:
@@ -331,8 +343,8 @@ def _check_not_empty(num_points: int) -> None:
 def _check(mode: str, geometry: str, curvature: float, num_neighbors: int, min_recall: float) -> Geometry:
     if mode not in MODES:
         raise UserError(f"mode={mode!r} is not one of {', '.join(MODES)}.{did_you_mean(mode, MODES)}")
-    if num_neighbors < 1:
-        raise UserError(f"num_neighbors={num_neighbors} must be at least 1.")
+    if not isinstance(num_neighbors, int | np.integer) or num_neighbors < 1:
+        raise UserError(f"num_neighbors={num_neighbors} must be a whole number, at least 1.")
     if not 0 < min_recall <= 1:
         raise UserError(f"min_recall={min_recall} must be more than 0, and 1 at most.")
     return Geometry(geometry, curvature)

@@ -59,7 +59,8 @@ function fill(element, ...children) {
 
 const count = (number) => number.toLocaleString("en");
 const pictures = (number) => `${count(number)} ${number === 1 ? "picture" : "pictures"}`;
-const percent = (share) => (share < 0.01 ? "<1 %" : `${Math.floor(100 * share)} %`);
+// Rounded, but only what is whole is 100 %.
+const percent = (share) => (share < 0.01 ? "<1 %" : `${share < 1 ? Math.min(99, Math.round(100 * share)) : 100} %`);
 const fileName = (picture) => names[picture].slice(names[picture].lastIndexOf("/") + 1) || names[picture];
 const folder = (picture) => names[picture].slice(0, names[picture].lastIndexOf("/") + 1);
 const say = (text) => (byId("live").textContent = text);
