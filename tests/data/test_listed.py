@@ -75,7 +75,8 @@ def test_everything_may_train(listing):
     [
         ("", "expected a header with the column path, found nothing"),
         ("file,label\np/a.png,1\n", "expected a header with the column path, found file, label"),
-        ("path;label\np/a.png;1\n", "found path;label. Between the columns there must be commas, not ';'"),
+        ("path;label\np/a.png;1\n", "found path;label. Between the columns there must be commas, not ;"),
+        ("path\tlabel\np/a.png\t1\n", "there must be commas, not tabs"),
         ("Label,Path\n1,p/a.png\n", "found Label, Path. Did you mean 'path' by 'Path'?"),
         ("path\np\\a.png\n", "first .* Between folders there must be /"),
         ("path,lable\np/a.png,1\n", "the column 'lable' means nothing here. Did you mean 'label'?"),

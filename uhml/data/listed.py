@@ -81,18 +81,12 @@ def _read_csv(file: Path) -> dict[str, list[str]]:
     reader = csv_rows(file)
     _, header = next(reader, (1, []))
     if "path" not in header:
-        odd = next((mark for mark in (";", "\t") if any(mark in field for field in header)), None)
-        lower = [field.lower() for field in header]
-        meant = (
-            f" Between the columns there must be commas, not {odd!r}."
-            if odd
-            else f" Did you mean 'path' by {header[lower.index('path')]!r}?"
-            if "path" in lower
-            else ""
-        )
-        raise UserError(
-            f"{file}, line 1: expected a header with the column path, found {', '.join(header) or 'nothing'}.{meant}"
-        )
+        found, hint = ", ".join(header), ""
+        if ";" in found or "\t" in found:
+            hint = f" Between the columns there must be commas, not {';' if ';' in found else 'tabs'}."
+        elif capital := next((column for column in header if column.lower() == "path"), None):
+            hint = f" Did you mean 'path' by {capital!r}?"
+        raise UserError(f"{file}, line 1: expected a header with the column path, found {found or 'nothing'}.{hint}")
     for other in set(header) - set(COLUMNS):
         if guess := did_you_mean(other, COLUMNS):
             raise UserError(f"{file}, line 1: the column {other!r} means nothing here.{guess}")

@@ -95,8 +95,9 @@ def run(args: argparse.Namespace) -> None:
     """
     # What can be wrong is looked at before the long work.
     lists_pictures = args.levels is not None and args.levels.suffix.lower() == ".csv"
-    names_file = args.embeddings.with_suffix(".csv")
-    embeddings, names = _embeddings(args.embeddings, lists_pictures and names_file.is_file())
+    beside = args.embeddings.with_suffix(".csv")
+    has_names_beside = lists_pictures and args.embeddings.suffix.lower() == ".npy" and beside.is_file()
+    embeddings, names = _embeddings(args.embeddings, has_names_beside)
     if embeddings.dtype.kind != "f" or embeddings.dtype.itemsize > 8:
         raise UserError(f"{args.embeddings} holds {embeddings.dtype}; embeddings are floats of at most 64 bits.")
     embeddings = embeddings.astype(embeddings.dtype.newbyteorder("="), copy=False)
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
             f"--labels {args.labels} has shape {labels.shape}, and {args.embeddings} {embeddings.shape}: there must be "
             "one label for each row."
         )
-    files = [args.embeddings, args.labels, args.out, args.levels, args.plot, names and names_file]
+    files = [args.embeddings, args.labels, args.out, args.levels, args.plot, beside if has_names_beside else None]
     used = [path.resolve() for path in files if path]
     if len(set(used)) < len(used):
         raise UserError(
@@ -166,10 +167,10 @@ def summary(levels: Tensor, points: Tensor, geometry: Geometry, labels: np.ndarr
     return table
 
 
-def _embeddings(path: Path, with_names: bool) -> tuple[np.ndarray, Sequence[str] | None]:
+def _embeddings(path: Path, has_names_beside: bool) -> tuple[np.ndarray, Sequence[str] | None]:
     """Return the rows of a file, and their pictures where those are in it, or in the ``.csv`` beside it."""
     is_parquet = path.suffix.lower() == ".parquet"
-    if not (is_parquet or with_names):
+    if not (is_parquet or has_names_beside):
         return _load(path), None
     # Here alone: with it come networks, which take seconds to import.
     from uhml.trained.vectors import read_vectors
