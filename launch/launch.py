@@ -1,12 +1,16 @@
 """``uhml launch``: submit a run, or a sweep of runs."""
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import logging
 import math
+import os
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from launch import slurm, snapshot, submit
@@ -85,10 +89,27 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: an option, the config or the folder is not usable, or SLURM refuses.
     """
-    resources = _resources(args)
-    sweep = combinations(args.sweep)
     run_dir = run_dir_of(args).resolve()
     snapshot.refuse_name(run_dir)
+    with _one_launch_at_a_time(run_dir):
+        _launch(args, run_dir)
+
+
+@contextlib.contextmanager
+def _one_launch_at_a_time(run_dir: Path) -> Iterator[None]:
+    """Wait for other launches beside this one: of two in one folder the second is to see the first."""
+    above = os.open(next(folder for folder in run_dir.parents if folder.is_dir()), os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # of a file system without locks
+            fcntl.flock(above, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(above)
+
+
+def _launch(args: argparse.Namespace, run_dir: Path) -> None:
+    resources = _resources(args)
+    sweep = combinations(args.sweep)
     if args.sweep:
         names = [folder_name(values) for values in sweep]
         typed = {override.partition("=")[0] for override in args.overrides}

@@ -1,5 +1,7 @@
 """uhml launch without a SLURM: what it would submit, what it refuses, and runs of processes on this machine."""
 
+import concurrent.futures
+import fcntl
 import json
 import os
 import re
@@ -160,6 +162,21 @@ def test_a_full_disk_leaves_nothing_and_is_told_once(sbatch_only, config, run_di
     assert caplog.text.count("Errno") == 1
     assert "The run's folder cannot be written: [Errno 28] No space left on device: 'b.py'" in caplog.text
     assert not run_dir.exists()
+
+
+def test_the_second_of_two_launches_in_one_folder_sees_the_first(sbatch_only, config, run_dir, caplog, monkeypatch):
+    monkeypatch.setattr(overview, "is_locked", lambda folder: True)
+    lock = os.open(run_dir.parent, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        second = pool.submit(launch, config, "--run-dir", run_dir, "--dry-run")
+        time.sleep(1.0)
+        assert not second.done()
+        run_dir.mkdir()
+        write_status(run_dir, RunStatus(**{**finished_status(), "state": "running"}))
+        os.close(lock)
+        assert second.result(60) == 2
+    assert "is running already" in caplog.text
 
 
 def test_why_slurm_refuses():
