@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import scipy.linalg
+import sklearn.covariance
 import timm
 import torch
 import torchvision
@@ -234,7 +235,7 @@ def test_rounding_errors_of_another_lapack_do_not_reach_the_fitted_weights(monke
 def test_whitening_more_axes_than_pictures_is_finite_and_than_features_is_refused(caplog):
     head = HyperbolicHead(10, 8, 0.1, 2.3)
     head.fit("whitened_pca", FeatureMoments.over_ranks(correlated(3, 10)), 1.0, 0.5)
-    assert "The 3 training pictures differ along 2 axes only, and the ball has 8: the others stay 0" in caplog.text
+    assert "The 3 training pictures differ along 2 axes only, and the ball has 8: the others are drawn" in caplog.text
     assert torch.isfinite(head.linear.weight).all()
     assert torch.isfinite(head(correlated(20, 10, seed=1))).all()
     # Fitted again, it says so again only where there are fewer.
@@ -245,6 +246,50 @@ def test_whitening_more_axes_than_pictures_is_finite_and_than_features_is_refuse
         HyperbolicHead(10, 11, 0.1, 2.3).fit("whitened_pca", FeatureMoments.over_ranks(correlated(20, 10)), 1.0, 0.5)
     Projector(10, 0.1, 2.3).fit(correlated(3, 10), torch.zeros(10), 1.0)
     assert "along 2 axes only, and the projector's ball has 10:" in caplog.text
+
+
+def test_axes_on_which_no_picture_differs_are_at_right_angles_and_as_loud_as_shrinkage_says():
+    features = correlated(9, 30)
+    head = HyperbolicHead(30, 20, 0.1, 2.3)
+    head.fit("whitened_pca", FeatureMoments.over_ranks(features), 1.0, 0.75)
+    weight = head.linear.weight.detach().double()
+    centred = (features - features.mean(0)).double()
+    shrunk, shrinkage = sklearn.covariance.oas(centred.numpy(), assume_centered=True)
+    variances, axes = torch.linalg.eigh(centred.T @ centred / 9)
+    variances, axes = variances.flip(0)[:8], axes.flip(1)[:, :8]
+    # The axes that are known are as they were: what training pictures are to each other does not change.
+    seen = weight[:8] / weight[:8].norm(dim=1, keepdim=True)
+    torch.testing.assert_close((seen @ axes).abs(), torch.eye(8).double(), rtol=0, atol=1e-5)
+    expected = (variances / variances[0]).pow(-0.75 / 2)
+    torch.testing.assert_close(weight[:8].norm(dim=1), expected, rtol=1e-5, atol=0)
+    assert (weight[8:] @ centred.T).abs().max() < 1e-5 * (weight[:8] @ centred.T).abs().max()
+    unseen = shrinkage * float(torch.trace(centred.T @ centred)) / 9 / 30
+    assert np.linalg.eigvalsh(shrunk)[0] == pytest.approx(unseen)
+    loudness = (max(unseen, float(variances[-1])) / float(variances[0])) ** (-0.75 / 2)
+    torch.testing.assert_close(weight[8:] @ weight[8:].T, loudness**2 * torch.eye(12).double(), rtol=0, atol=1e-4)
+    # And pictures to come differ on them.
+    assert (head.tangent(correlated(5, 30, seed=1))[:, 8:].norm(dim=1) > 0.1).all()
+    again = HyperbolicHead(30, 20, 0.1, 2.3)
+    again.fit("whitened_pca", FeatureMoments.over_ranks(features), 1.0, 0.75)
+    assert torch.equal(again.linear.weight, head.linear.weight)
+
+
+@pytest.mark.parametrize("num_pictures", [5, 40])
+def test_axes_that_are_not_known_are_never_louder_than_those_that_are(num_pictures):
+    features = correlated(num_pictures, 12)
+    features[:, 6:] = 1.5  # half of the features never vary
+    head = HyperbolicHead(12, 9, 0.1, 2.3)
+    head.fit("whitened_pca", FeatureMoments.over_ranks(features), 1.0, 1.0)
+    loudness = head.linear.weight.detach().norm(dim=1)
+    num_known = min(num_pictures - 1, 6)
+    assert loudness[num_known:].max() <= loudness[:num_known].max() * (1 + 1e-6)
+    assert loudness[num_known:].min() > 0
+
+
+def test_pictures_that_are_all_alike_have_no_axes():
+    head = HyperbolicHead(12, 9, 0.1, 2.3)
+    head.fit("whitened_pca", FeatureMoments.over_ranks(torch.full((7, 12), 0.3)), 1.0, 0.5)
+    assert not head.linear.weight.any()
 
 
 def test_the_projector_is_a_normalised_hidden_layer_before_a_head_fitted_to_it():

@@ -135,8 +135,8 @@ class HyperbolicHead(nn.Module):
             # One rank's, so that a machine whose LAPACK rounds otherwise has no head of its own.
             fitted = distributed.on_main(lambda: _whitening(moments, self.linear.out_features, whitening))
             if fitted is not None:
-                self._tell_of_lost_axes(fitted, moments.num_pictures, ball)
-            weight.copy_(distributed.broadcast_from_main(fitted, weight.device))
+                self._tell_of_few_axes(fitted[1], moments.num_pictures, ball)
+            weight.copy_(distributed.broadcast_from_main(fitted and fitted[0], weight.device))
         elif init == "orthogonal":
             # One rank's, as each draws others.
             nn.init.orthogonal_(weight)
@@ -146,23 +146,27 @@ class HyperbolicHead(nn.Module):
         mean_square = torch.einsum("ij,jk,ik->", weight.double(), covariance, weight.double())
         self.scale.copy_(start_norm * self.clip_radius / mean_square.sqrt().clamp_min(1e-12))
 
-    def _tell_of_lost_axes(self, fitted: Tensor, num_pictures: int, ball: str) -> None:
-        """Warn of axes that are zero; a head that is fitted again, only if fewer are left than it has told of."""
-        num_axes = int(fitted.any(1).count_nonzero())
+    def _tell_of_few_axes(self, num_axes: int, num_pictures: int, ball: str) -> None:
+        """Warn of fewer axes than dimensions; a head that is fitted again, only of fewer than it has told of."""
         if num_axes < self._axes_told:
             logger.warning(
-                "The %d training pictures differ along %d axes only, and %s has %d: the others stay 0. So few pictures "
-                "are all about equally far from each other; go by the order of their distances.",
+                "The %d training pictures differ along %d axes only, and %s has %d: the others are drawn at random, "
+                "for pictures to come. So few are all about equally far from each other: go by the order of distances.",
                 num_pictures,
                 num_axes,
                 ball,
-                len(fitted),
+                self.linear.out_features,
             )
             self._axes_told = num_axes
 
 
-def _whitening(moments: FeatureMoments, num_axes: int, power: float) -> Tensor:
-    """Principal axes, each divided by a power of its standard deviation: ``[num_axes, num_features]``."""
+def _whitening(moments: FeatureMoments, num_axes: int, power: float) -> tuple[Tensor, int]:
+    """Principal axes, each divided by a power of its standard deviation: ``[num_axes, num_features]``.
+
+    Also returned is along how many of them the pictures differ at all. Fewer pictures than axes leave some along which
+    none does, which would lose what tells pictures to come apart: these axes are any, at right angles to the others.
+    What the variance along them is, unseen, is estimated by shrinkage, and no less than the least that was seen.
+    """
     num_features = len(moments.mean)
     if num_axes > num_features:
         raise UserError(
@@ -175,11 +179,41 @@ def _whitening(moments: FeatureMoments, num_axes: int, power: float) -> Tensor:
     variances, axes = (torch.from_numpy(array).flip(-1) for array in found)
     # eigh leaves each axis' sign open; fix it, so that every machine starts from the same head.
     signs = axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
-    # Fewer pictures than axes leave axes along which none differ from another; dividing by their rounding errors
-    # would turn them into the loudest of all. They start at zero and may be learned.
-    weights = torch.where(variances > 1e-6 * variances[0], (variances / variances[0]).pow(-power / 2), 0.0)
+    # What is less is rounding: divided by it, such axes would be the loudest of all.
+    differ = variances > 1e-6 * variances[0]
+    weights = torch.where(differ, (variances / variances[0]).pow(-power / 2), 0.0)
     fitted = (axes * signs * weights).T
+    num_differ = int(differ.count_nonzero())
+    if 0 < num_differ < num_axes:
+        unseen = max(_shrunk_variance(moments), float(variances[num_differ - 1]))
+        others = _at_right_angles(axes[:, :num_differ], num_axes - num_differ)
+        fitted[num_differ:] = others * (unseen / float(variances[0])) ** (-power / 2)
     # To the steps in which float32 tells numbers like the largest apart: what is finer, as all there is of a feature
     # that never varies, is LAPACK's rounding, and another with another number of threads.
     grid = 2.0 ** (torch.frexp(fitted.abs().max()).exponent.double() - 24)
-    return (fitted / grid).round() * grid
+    return (fitted / grid).round() * grid, num_differ
+
+
+def _shrunk_variance(moments: FeatureMoments) -> float:
+    """Return the variance along axes on which no picture was seen to differ.
+
+    It is that of the oracle approximating shrinkage (OAS) of the covariance: Chen et al., IEEE Transactions on Signal
+    Processing 2010, equation 23, without the terms 2 / p, as scikit-learn has it.
+    """
+    covariance = moments.covariance
+    mean_variance = covariance.trace() / len(covariance)
+    square = covariance.square().mean()
+    apart = (moments.num_pictures + 1) * (square - mean_variance.square() / len(covariance))
+    shrinkage = ((square + mean_variance.square()) / apart.clamp_min(torch.finfo(apart.dtype).tiny)).clamp(max=1)
+    return float(shrinkage * mean_variance)
+
+
+def _at_right_angles(axes: Tensor, num_others: int) -> Tensor:
+    """Return ``[num_others, num_features]`` orthonormal directions orthogonal to the axes ``[num_features, k]``."""
+    generator = torch.Generator().manual_seed(0)
+    others = torch.randn(len(axes), num_others, generator=generator, dtype=torch.float64).numpy()
+    known = axes.numpy()
+    with one_thread_of_openblas():
+        for _ in range(2):  # once leaves the rounding of what was large
+            others -= known @ (known.T @ others)
+        return torch.from_numpy(scipy.linalg.qr(others, mode="economic")[0]).T
