@@ -204,8 +204,10 @@ def test_lines_in_the_tree_are_where_it_is_cut(num_points):
     tree = average_linkage(torch.rand(num_points, 3), geometry="euclidean", mode="exact")
     axes = draw_top(tree, "title", [200, 20, 5, 2, 1]).axes[0]
     shown = {count for count in (20, 5, 2) if count <= min(num_points, SHOWN_CLUSTERS)}
-    heights = {int(text.get_text().split()[0]): text.get_position()[1] for text in axes.texts}
+    lines = [text for text in axes.texts if text.get_text().endswith("clusters")]
+    heights = {int(text.get_text().split()[0]): text.get_position()[1] for text in lines}
     assert set(heights) == shown
+    assert len(lines) == len(axes.texts) - (num_points == 1)  # which says that there is nothing to draw
     for count, height in heights.items():
         # The tree of two points has its only merge at one height, and no other to cut between.
         assert num_points == 2 or int(tree.cut(heights=[height]).max()) + 1 == count

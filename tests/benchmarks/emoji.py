@@ -1,6 +1,6 @@
 """Makes a data set that no setting was ever chosen on: emoji, each as four companies draw it.
 
-    npm pack emoji-datasource emoji-datasource-{apple,google,twitter,facebook}@16.0.0
+    npm pack emoji-datasource{,-apple,-google,-twitter,-facebook}@16.0.0
     python tests/benchmarks/emoji.py --out emoji *.tgz
     python tests/benchmarks/scoreboard.py --out results/emoji --rows ours,simclr configs/list.yaml \\
         data.root=emoji/emoji.csv data.image_size=64 train.num_steps=500 train.global_batch_size=96
