@@ -149,13 +149,15 @@ class HyperbolicHead(nn.Module):
     def _tell_of_few_axes(self, num_axes: int, num_pictures: int, ball: str) -> None:
         """Warn of fewer axes than dimensions; a head that is fitted again, only of fewer than it has told of."""
         if num_axes < self._axes_told:
+            few = num_pictures <= self.linear.out_features
             logger.warning(
                 "The %d training pictures differ along %d axes only, and %s has %d: the others are drawn at random, "
-                "for pictures to come. So few are all about equally far from each other: go by the order of distances.",
+                "for pictures to come.%s",
                 num_pictures,
                 num_axes,
                 ball,
                 self.linear.out_features,
+                " So few are all about equally far from each other: go by the order of distances." if few else "",
             )
             self._axes_told = num_axes
 
