@@ -200,9 +200,9 @@ def _with_earlier(folder: Path, sweep: SweepRecord) -> SweepRecord:
     before = read_record(folder, SweepRecord)
     if before is None or before.values[0].keys() != sweep.values[0].keys():
         return sweep
-    earlier = [(run, values) for run, values in zip(before.runs, before.values, strict=True) if run not in sweep.runs]
-    runs, values = ([*column] for column in zip(*earlier, *zip(sweep.runs, sweep.values, strict=True), strict=True))
-    return SweepRecord(runs=runs, values=values)
+    own = dict(zip(sweep.runs, sweep.values, strict=True))
+    earlier = {run: values for run, values in zip(before.runs, before.values, strict=True) if run not in own}
+    return SweepRecord(runs=[*earlier, *own], values=[*earlier.values(), *own.values()])
 
 
 def _is_done(run_dir: Path, config: Config, allow_change: list[str], *, in_sweep: bool) -> bool:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from launch import slurm
 from launch.record import JobRecord, read_record
+from uhml.logs import last_error
 from uhml.run.lock import is_locked
 from uhml.run.status import RunStatus, read_status
 
@@ -166,9 +167,9 @@ def _last_words(record: JobRecord) -> str:
         printed = (Path(record.jobs) / f"{record.job_id}_0_log.err").read_text(errors="replace")
     except OSError:
         return ""
-    # Of the ranks' own lines the last; srun, which has the last word, says only that tasks have ended.
-    if own := re.findall(r"^\d\d:\d\d:\d\d error: (.+)$", printed, re.MULTILINE):
-        return str(own[-1])
+    # Of the rank's own; srun, which has the last word, says only that tasks have ended.
+    if own := last_error(printed):
+        return own
     if re.search(r"^srun: error: .*: Killed$", printed, re.MULTILINE):
         return "a process was killed, perhaps for want of memory: launch it again to go on"
     return ""

@@ -12,9 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from launch.overview import View, look, readable
-from launch.record import SweepRecord, read_record
+from launch.record import FOLDER, SweepRecord, read_record
 from uhml.console import console
 from uhml.reporting.runs import SEED, NoRun, Spread, each_run, no_such_run
+from uhml.run.status import FILE as STATUS
 
 EXAMPLES = """\
 examples:
@@ -73,7 +74,7 @@ def existing_run(folder: Path) -> View:
     if view is not None:
         return view
     if folder.exists():
-        inside = folder.is_dir() and any(look(own) is not None for own in folder.iterdir() if own.is_dir())
+        inside = any(next(folder.glob(f"*/{file}"), None) for file in (STATUS, f"{FOLDER}/job.json"))
         hint = f" Those in it are shown by uhml status {shlex.quote(str(folder))}/*" if inside else ""
         raise NoRun(f"{folder} holds no run.{hint}")
     raise no_such_run(folder)

@@ -1,6 +1,8 @@
 """Files that are never found half written, where they can be written, and folders that one process has."""
 
+import codecs
 import contextlib
+import csv
 import errno
 import fcntl
 import logging
@@ -8,7 +10,7 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from uhml.errors import UserError
 
@@ -48,6 +50,13 @@ def opened_aside(path: Path, *, shared: bool = False) -> Iterator[IO[bytes]]:
             os.close(descriptor)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def csv_writer(file: IO[bytes], names: Sequence[str]) -> Any:
+    """Return a writer of rows of CSV, in which these names of files may be, into a file."""
+    # Which end of line is quoted Python's versions do not agree on.
+    style: Any = {"quoting": csv.QUOTE_ALL} if any("\r" in name for name in names) else {}
+    return csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape"), lineterminator="\n", **style)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,12 @@ def to_terminal() -> Iterator[None]:
             yield
         finally:
             logging.captureWarnings(False)
+
+
+def last_error(printed: str) -> str | None:
+    """Return the last error in what a process wrote to its terminal, where the command line and jobs tell of one."""
+    errors = re.findall(r"^\d\d:\d\d:\d\d error: (.+)$", printed, re.MULTILINE)
+    return errors[-1] if errors else None
 
 
 class _Kept(logging.FileHandler):

@@ -2,7 +2,7 @@
 
     npm pack emoji-datasource{,-apple,-google,-twitter,-facebook}@16.0.0
     python tests/benchmarks/emoji.py --out emoji *.tgz
-    python tests/benchmarks/scoreboard.py --out results/emoji --rows ours,simclr configs/list.yaml \\
+    python tests/benchmarks/scoreboard.py --out results/emoji --rows ours,one-level,simclr configs/list.yaml \\
         data.root=emoji/emoji.csv data.image_size=64 train.num_steps=500 train.global_batch_size=96
 
 Many small classes, as products are: an emoji is a class, of three or four pictures of 64 pixels, and Unicode's

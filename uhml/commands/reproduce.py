@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import logging
 import os
-import re
 import shlex
 import signal
 import statistics
@@ -28,6 +27,7 @@ from uhml.data.reading import NoDataSet, missing_noted
 from uhml.environment import place
 from uhml.errors import RunsFailed, UserError, did_you_mean
 from uhml.files import expanded, write_whole
+from uhml.logs import last_error
 from uhml.progress import progress
 from uhml.reporting.runs import RunRecord, Scored, read_run, spread
 from uhml.run import interruption
@@ -302,8 +302,7 @@ def _do(run: Run, num_steps: int) -> str | None:
     if child.returncode == 0:
         return None
     said = run.log.read_bytes()[begin:].decode(errors="replace")
-    errors = re.findall(r"^\d\d:\d\d:\d\d error: (.+)$", said, re.MULTILINE)
-    return errors[-1] if errors else f"it ended with status {child.returncode}"
+    return last_error(said) or f"it ended with status {child.returncode}"
 
 
 def _steps(child: subprocess.Popen[bytes], run: Run, taken: int) -> Iterator[int]:

@@ -1,8 +1,6 @@
 """``uhml cluster``: cluster the rows of a file, and say how good the clusters are."""
 
 import argparse
-import codecs
-import csv
 import logging
 import time
 from collections.abc import Sequence
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from uhml.console import console
 from uhml.errors import UserError
-from uhml.files import PLOT_SUFFIXES, check_out, opened_aside
+from uhml.files import PLOT_SUFFIXES, check_out, csv_writer, opened_aside
 from uhml.hierarchy import quality
 from uhml.hierarchy.geometry import GEOMETRIES, Geometry
 from uhml.hierarchy.linkage import EXACT_SEARCH_UP_TO, MIN_RECALL, MODES, average_linkage
@@ -95,9 +93,7 @@ def run(args: argparse.Namespace) -> None:
     """
     # What can be wrong is looked at before the long work.
     lists_pictures = args.levels is not None and args.levels.suffix.lower() == ".csv"
-    beside = args.embeddings.with_suffix(".csv")
-    has_names_beside = lists_pictures and args.embeddings.suffix.lower() == ".npy" and beside.is_file()
-    embeddings, names = _embeddings(args.embeddings, has_names_beside)
+    embeddings, names, beside = _embeddings(args.embeddings, lists_pictures)
     if embeddings.dtype.kind != "f" or embeddings.dtype.itemsize > 8:
         raise UserError(f"{args.embeddings} holds {embeddings.dtype}; embeddings are floats of at most 64 bits.")
     embeddings = embeddings.astype(embeddings.dtype.newbyteorder("="), copy=False)
@@ -107,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
             f"--labels {args.labels} has shape {labels.shape}, and {args.embeddings} {embeddings.shape}: there must be "
             "one label for each row."
         )
-    files = [args.embeddings, args.labels, args.out, args.levels, args.plot, beside if has_names_beside else None]
+    files = [args.embeddings, beside, args.labels, args.out, args.levels, args.plot]
     used = [path.resolve() for path in files if path]
     if len(set(used)) < len(used):
         raise UserError(
@@ -167,16 +163,19 @@ def summary(levels: Tensor, points: Tensor, geometry: Geometry, labels: np.ndarr
     return table
 
 
-def _embeddings(path: Path, has_names_beside: bool) -> tuple[np.ndarray, Sequence[str] | None]:
-    """Return the rows of a file, and their pictures where those are in it, or in the ``.csv`` beside it."""
-    is_parquet = path.suffix.lower() == ".parquet"
-    if not (is_parquet or has_names_beside):
-        return _load(path), None
+def _embeddings(path: Path, lists_pictures: bool) -> tuple[np.ndarray, Sequence[str] | None, Path | None]:
+    """Return the rows of a file and, if asked for and known, their pictures and the file beside it with their names."""
+    suffix = path.suffix.lower()
+    if suffix != ".parquet" and not (lists_pictures and suffix == ".npy"):
+        return _load(path), None, None
     # Here alone: with it come networks, which take seconds to import.
-    from uhml.trained.vectors import read_vectors
+    from uhml.trained.vectors import names_of, read_vectors
 
-    vectors = read_vectors(path)
-    return np.array(vectors.rows) if is_parquet else _load(path), vectors.paths
+    if suffix == ".parquet":
+        vectors = read_vectors(path)
+        return np.array(vectors.rows), vectors.paths, None
+    beside = names_of(path)
+    return (_load(path), read_vectors(path).paths, beside) if beside.is_file() else (_load(path), None, None)
 
 
 def _write_levels(out: Path, levels: np.ndarray, counts: Sequence[int], names: Sequence[str] | None) -> None:
@@ -184,7 +183,7 @@ def _write_levels(out: Path, levels: np.ndarray, counts: Sequence[int], names: S
         if out.suffix.lower() == ".npy":
             np.save(file, levels)
             return
-        text = csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape"), lineterminator="\n")
+        text = csv_writer(file, names or ())
         text.writerow(["row" if names is None else "path", *(f"clusters_{count}" for count in counts)])
         text.writerows(
             [name, *row] for name, row in zip(names or range(levels.shape[1]), levels.T.tolist(), strict=True)

@@ -7,7 +7,6 @@ Until then there is a folder ``vectors.npy.unfinished`` with the rows so far, an
 pictures they are of. What was written after the last state is written again.
 """
 
-import codecs
 import contextlib
 import csv
 import hashlib
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 
 from uhml.data.decode import stamp
 from uhml.errors import UserError
-from uhml.files import is_taken, opened_aside, write_whole
+from uhml.files import csv_writer, is_taken, opened_aside, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +117,7 @@ class Unfinished:
             _write_parquet(out, Vectors(np.load(rows, mmap_mode="r"), paths))
         else:
             with opened_aside(names_of(out)) as file:
-                # Which end of line is quoted Python's versions do not agree on.
-                style: Any = {"quoting": csv.QUOTE_ALL} if any("\r" in path for path in paths) else {}
-                text = csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape"), lineterminator="\n", **style)
-                text.writerows([["path"], *([path] for path in paths)])
+                csv_writer(file, paths).writerows([["path"], *([path] for path in paths)])
             rows.replace(out)
         shutil.rmtree(self._folder)
 
