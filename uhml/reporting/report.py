@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,18 @@ logger = logging.getLogger(__name__)
 
 TENSORBOARD = "tensorboard"
 RECORDS = ("metrics.jsonl", f"{TENSORBOARD}/events.*")
+
+
+def _unless_of_tensorboard(
+    otherwise: Callable[[threading.ExceptHookArgs], object], args: threading.ExceptHookArgs
+) -> None:
+    """Pass on what a thread ends by; but of a full disk TensorBoard's thread tells whoever writes or flushes next."""
+    if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+        otherwise(args)
+
+
+# Not for the life of a writer only: its thread may still be ending by what its last call has told of.
+threading.excepthook = functools.partial(_unless_of_tensorboard, threading.excepthook)
 
 
 class Reporter:
