@@ -1,15 +1,22 @@
 import datetime
+import logging
+import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 from ranks import run_ranks
 from torch import nn
+from torch.distributed import HashStore  # noqa: TID251 (that of ranks which have met)
 
 from uhml import distributed
 from uhml.errors import RankFailed, UserError, known_everywhere
+from uhml.run import interruption
 from uhml.run.interruption import Preempted
 
 WORLDS = [1, 2, 4]
@@ -231,6 +238,7 @@ def gpus(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.cuda, "set_device", done.append)
     monkeypatch.setattr(distributed.interruption, "when_parent_dies", lambda number: None)
+    monkeypatch.setattr(distributed.dist, "rendezvous", lambda *place, **options: iter([(HashStore(), 1, 2)]))
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda backends, **options: done.append(backends))
     monkeypatch.setattr(distributed.dist, "new_group", lambda **options: None)
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: done.append("destroyed"))
@@ -360,3 +368,45 @@ def _patience():
 @pytest.mark.ddp
 def test_the_ranks_wait_for_days_while_rank_0_clusters():
     assert run_ranks(_patience, 2) == [datetime.timedelta(days=7)] * 2
+
+
+@pytest.fixture
+def first_of_two(monkeypatch):
+    """This process is rank 0, and nothing has started rank 1."""
+    # A port that the system chooses. Not half an hour, for the thread that waits lasts beyond its test.
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "COLLECTIVE_TIMEOUT", datetime.timedelta(seconds=20))
+    monkeypatch.setattr(distributed, "SECONDS_UNTIL_TOLD", 0.2)
+    monkeypatch.setattr(distributed, "SECONDS_TO_MEET", 0.5)
+
+
+def test_a_signal_ends_the_wait_for_a_rank_that_never_starts(first_of_two, caplog):
+    asked = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    asked.start()
+    began = time.monotonic()
+    with (
+        caplog.at_level(logging.INFO, "uhml"),
+        interruption.handled(),
+        pytest.raises(Preempted),
+        distributed.process_group("cpu"),
+    ):
+        pytest.fail("rank 1 is there")
+    # Not at once: all ranks may have been asked, and be about to meet.
+    assert 1.4 < time.monotonic() - began < 10
+    assert caplog.text.count("Waiting for all 2 ranks to start; they meet at 127.0.0.1:0.") == 1
+
+
+def test_ranks_that_cannot_meet_are_the_users_to_mend(first_of_two, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        monkeypatch.setenv("MASTER_PORT", port := str(taken.getsockname()[1]))
+        with (
+            pytest.raises(
+                UserError, match=rf"2 ranks did not meet at 127\.0\.0\.1:{port} \(.*address already in use\)"
+            ),
+            distributed.process_group("cpu"),
+        ):
+            pytest.fail("the port was free")

@@ -17,6 +17,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
@@ -35,6 +37,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+SECONDS_UNTIL_TOLD = 10.0
+"""That this rank waits for others to start."""
+SECONDS_TO_MEET = 5.0
+"""After a signal, which all may have got, and which all then answer together."""
 # Rank 0 may cluster for hours while the others wait; that is no failure.
 WAIT_FOR_MAIN_TIMEOUT = datetime.timedelta(days=7)
 
@@ -62,7 +68,8 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
         device: "auto" (CUDA where there is a GPU), "cpu" or "cuda".
 
     Raises:
-        UserError: a GPU is asked for, or shared out to ranks, and there are too few.
+        Preempted: a signal came, and not all ranks are there.
+        UserError: a GPU is asked for, or shared out to ranks, and there are too few; or the ranks do not meet.
     """
     global _patient_group
     here = place()
@@ -89,6 +96,7 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
         _point_to_first_node(os.environ)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        store=_meet(here),
         rank=here.rank,
         world_size=here.world_size,
         timeout=COLLECTIVE_TIMEOUT,
@@ -111,6 +119,40 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
         _patient_group = None
         if not is_alone:
             dist.destroy_process_group()
+
+
+def _meet(here: Place) -> dist.Store:
+    """Wait until all ranks have started; should one never do so, a signal ends the others."""
+    met: list[dist.Store] = []
+    failed: list[Exception] = []
+
+    def meet() -> None:
+        try:
+            # What init_process_group begins with. There no signal would be looked at, for as long as it takes.
+            store, _, _ = next(dist.rendezvous("env://", here.rank, here.world_size, timeout=COLLECTIVE_TIMEOUT))
+            met.append(store)
+        except Exception as e:
+            failed.append(e)
+
+    waiting = threading.Thread(target=meet, daemon=True)
+    waiting.start()
+    began, told = time.monotonic(), False
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    while waiting.is_alive():
+        waiting.join(0.1)
+        if interruption.seconds_since() > SECONDS_TO_MEET:
+            interruption.check()
+        if not told and time.monotonic() - began > SECONDS_UNTIL_TOLD:
+            told = True
+            logger.info("Waiting for all %d ranks to start; they meet at %s.", here.world_size, where)
+    if failed:
+        reason = str(failed[0]).splitlines()[0]
+        raise UserError(
+            f"The {here.world_size} ranks did not meet at {where} ({reason}): see that all were started, and that "
+            "MASTER_ADDR is the machine of rank 0 and MASTER_PORT is free there."
+        ) from failed[0]
+    met[0].set_timeout(COLLECTIVE_TIMEOUT)
+    return met[0]
 
 
 def _own_gpu(here: Place) -> int:

@@ -102,6 +102,11 @@ def check() -> None:
         raise Preempted(_Pending.number)
 
 
+def seconds_since() -> float:
+    """Return how long ago a signal has arrived; 0 if none has."""
+    return time.monotonic() - _Pending.since if _Pending.number else 0.0
+
+
 @contextlib.contextmanager
 def at_once() -> Iterator[None]:
     """Raise :class:`Preempted` as soon as a signal arrives, or at the start if one has; for work that may be dropped.
