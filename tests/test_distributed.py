@@ -384,8 +384,8 @@ def first_of_two(monkeypatch):
 
 def test_a_signal_ends_the_wait_for_a_rank_that_never_starts(first_of_two, caplog):
     asked = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
-    asked.start()
     began = time.monotonic()
+    asked.start()
     with (
         caplog.at_level(logging.INFO, "uhml"),
         interruption.handled(),
@@ -394,7 +394,7 @@ def test_a_signal_ends_the_wait_for_a_rank_that_never_starts(first_of_two, caplo
     ):
         pytest.fail("rank 1 is there")
     # Not at once: all ranks may have been asked, and be about to meet.
-    assert 1.4 < time.monotonic() - began < 10
+    assert time.monotonic() - began > 1.4
     assert caplog.text.count("Waiting for all 2 ranks to start; they meet at 127.0.0.1:0.") == 1
 
 
