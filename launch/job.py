@@ -13,11 +13,10 @@ from submitit import JobEnvironment
 from submitit.helpers import Checkpointable, TorchDistributedEnvironment
 
 from launch import slurm, snapshot
-from uhml import logs
+from uhml import interruption, logs
 from uhml.config import load_config
 from uhml.errors import UserError
-from uhml.run import interruption
-from uhml.run.interruption import Preempted
+from uhml.interruption import Preempted
 
 logger = logging.getLogger("uhml.launch")
 

@@ -12,12 +12,11 @@ import pytest
 import torch
 from ranks import run_ranks
 from torch import nn
-from torch.distributed import HashStore  # noqa: TID251 (that of ranks which have met)
+from torch.distributed import HashStore, TCPStore  # noqa: TID251 (the parts of others)
 
-from uhml import distributed
+from uhml import distributed, interruption
 from uhml.errors import RankFailed, UserError, known_everywhere
-from uhml.run import interruption
-from uhml.run.interruption import Preempted
+from uhml.interruption import Preempted
 
 WORLDS = [1, 2, 4]
 
@@ -135,12 +134,6 @@ def test_an_error_on_one_rank_is_raised_on_every_rank_and_users_errors_stay_user
         assert got["main says nothing"][1] == ("" if rank == 0 else "rank 0 failed: KeyError")
 
 
-def _wait_for_main():
-    # Longer than the group's usual timeout, which is shortened here: waiting for rank 0 is no failure.
-    distributed.on_main(lambda: time.sleep(3))
-    return True
-
-
 def _broadcasts():
     sent = [
         torch.tensor(2.5),
@@ -238,7 +231,9 @@ def gpus(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.cuda, "set_device", done.append)
     monkeypatch.setattr(distributed.interruption, "when_parent_dies", lambda number: None)
-    monkeypatch.setattr(distributed.dist, "rendezvous", lambda *place, **options: iter([(HashStore(), 1, 2)]))
+    store = HashStore()
+    store.add("uhml/started", 1)  # by rank 0
+    monkeypatch.setattr(distributed.dist, "rendezvous", lambda *place, **options: iter([(store, 1, 2)]))
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda backends, **options: done.append(backends))
     monkeypatch.setattr(distributed.dist, "new_group", lambda **options: None)
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: done.append("destroyed"))
@@ -377,25 +372,32 @@ def first_of_two(monkeypatch):
     environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed, "COLLECTIVE_TIMEOUT", datetime.timedelta(seconds=20))
+    monkeypatch.setattr(distributed, "COLLECTIVE_TIMEOUT", datetime.timedelta(seconds=60))
     monkeypatch.setattr(distributed, "SECONDS_UNTIL_TOLD", 0.2)
     monkeypatch.setattr(distributed, "SECONDS_TO_MEET", 0.5)
 
 
-def test_a_signal_ends_the_wait_for_a_rank_that_never_starts(first_of_two, caplog):
-    asked = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
-    began = time.monotonic()
-    asked.start()
-    with (
-        caplog.at_level(logging.INFO, "uhml"),
-        interruption.handled(),
-        pytest.raises(Preempted),
-        distributed.process_group("cpu"),
-    ):
-        pytest.fail("rank 1 is there")
+@pytest.mark.parametrize("who", ["rank 0", "rank 1", "rank 0 of torchrun", "rank 1 of torchrun"])
+def test_a_signal_ends_the_wait_for_a_rank_that_never_starts(first_of_two, who, monkeypatch, caplog):
+    # The store is rank 0's, of the launch that this rank is of, or of torchrun's agent.
+    store = None
+    if who != "rank 0":
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        monkeypatch.setenv("MASTER_PORT", str(store.port))
+        monkeypatch.setenv("RANK", who[5])
+    if "torchrun" in who:
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setattr(interruption, "when_parent_dies", lambda number: None)
+    with caplog.at_level(logging.INFO, "uhml"), interruption.handled():
+        began = time.monotonic()
+        asked = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+        asked.start()
+        with pytest.raises(Preempted), distributed.process_group("cpu"):
+            pytest.fail("the other is there")
     # Not at once: all ranks may have been asked, and be about to meet.
     assert time.monotonic() - began > 1.4
-    assert caplog.text.count("Waiting for all 2 ranks to start; they meet at 127.0.0.1:0.") == 1
+    assert caplog.text.count("Waiting for all 2 ranks to start; they meet at 127.0.0.1:") == 1
 
 
 def test_ranks_that_cannot_meet_are_the_users_to_mend(first_of_two, monkeypatch):

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from uhml.run import interruption
-from uhml.run.interruption import SIGNALS, Preempted, at_once, check, handled
+from uhml import interruption
+from uhml.interruption import SIGNALS, Preempted, at_once, check, handled
 
 HERE = os.getpid()
 

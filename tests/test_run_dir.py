@@ -8,8 +8,8 @@ import torch
 
 from uhml.config import Config, TrainConfig, load_config
 from uhml.errors import UserError
+from uhml.interruption import Preempted
 from uhml.run.checkpoint import save_checkpoint
-from uhml.run.interruption import Preempted
 from uhml.run.run_dir import CONTENTS, open_run_dir, record_config
 from uhml.run.status import read_status
 

@@ -5,8 +5,8 @@ import socket
 import pytest
 
 from uhml.errors import UserError
+from uhml.interruption import Preempted
 from uhml.run import status
-from uhml.run.interruption import Preempted
 from uhml.run.status import StatusReport, read_status, reported, write_status
 
 
@@ -68,6 +68,15 @@ def test_the_end_is_told_and_the_next_launch_counts_on(tmp_path):
         now = read_status(tmp_path)
         assert (now.state, now.restarts, now.error, now.started_at) == ("starting", 1, None, first.started_at)
     assert read_status(tmp_path).state == "finished"
+
+
+@pytest.mark.parametrize("state", ["running", "failed"])
+def test_with_its_result_a_run_is_finished_though_it_was_killed_before_it_could_say_so(tmp_path, state):
+    report(tmp_path)
+    write_status(tmp_path, dataclasses.replace(read_status(tmp_path), state=state, error="the disk is full"))
+    assert read_status(tmp_path).state == state
+    (tmp_path / "result.json").write_text("{}")
+    assert (read_status(tmp_path).state, read_status(tmp_path).error) == ("finished", None)
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -414,7 +414,9 @@ def test_corrupt_picture_is_refused_by_name_or_skipped_on_demand(shapes, config,
 
 def test_init_from_takes_the_weights_and_nothing_else(finished, shapes, config, tmp_path):
     run_dir = tmp_path / "next"
-    assert run(config, shapes, run_dir, f"model.init_from={finished}", "train.num_steps=0") == 0
+    # Nor are other weights fetched, from wherever the config would have them.
+    nowhere = f"model.weights={tmp_path / 'nowhere.pth'}"
+    assert run(config, shapes, run_dir, f"model.init_from={finished}", nowhere, "train.num_steps=0") == 0
     assert result(run_dir)["start"] == result(finished)["trained"]
     assert result(run_dir)["trained"] == result(finished)["trained"]
     assert result(run_dir)["steps"] == 0

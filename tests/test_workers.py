@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from uhml.data.workers import Loader, next_together
 from uhml.errors import UserError
-from uhml.run.interruption import SIGNALS, Preempted, handled
+from uhml.interruption import SIGNALS, Preempted, handled
 
 
 class Rows(Dataset):

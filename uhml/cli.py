@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import uhml
-from uhml import logs
+from uhml import interruption, logs
 from uhml.config import describe_keys, load_config
 from uhml.environment import place
 from uhml.errors import RankFailed, RunsFailed, UserError, did_you_mean, is_known_everywhere
-from uhml.run import interruption
-from uhml.run.interruption import Preempted
+from uhml.interruption import Preempted
 
 logger = logging.getLogger(__name__)
 

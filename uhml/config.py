@@ -118,9 +118,9 @@ class ModelConfig:
     file, which must fit the backbone to the last tensor."""
 
     init_from: str | None = None
-    """A checkpoint of another run to take the weights of backbone and head from. The run starts at step 0 all the
-    same, with a new optimizer. The head is fitted to the pictures of this run only at its first clustering, where
-    model.projector learns in its place."""
+    """A checkpoint of another run to take the weights of backbone and head from; model.weights is not looked at then.
+    The run starts at step 0 all the same, with a new optimizer. The head is fitted to the pictures of this run only at
+    its first clustering, where model.projector learns in its place."""
 
     pooling: Literal["default", "max", "avgmax"] = "default"
     """How a timm network turns its map of features into one vector: as its weights were trained, by the maximum, or by
@@ -198,8 +198,9 @@ class HierarchyConfig:
     faster. Where nothing would be faster, as among points without any structure, all pairs are looked at."""
 
     cut_by: Literal["counts", "heights", "quantiles"] = "quantiles"
-    """What hierarchy.cuts gives for each level: a number of clusters, a height of the tree (the article's delta), or
-    the quantile of all merges that are carried out: 0.9 leaves a tenth as many clusters as pictures."""
+    """What hierarchy.cuts gives for each level: a number of clusters, a height of the tree (in mode dense the article's
+    delta, in mode exact of what that averages), or the quantile of all merges that are carried out: 0.9 leaves a tenth
+    as many clusters as pictures."""
 
     cuts: Annotated[tuple[Number, ...], Field(min_length=1, strict=False)] = (0.9, 0.975, 0.995)
     """One value per level, finest level first: falling for counts, rising for heights and quantiles."""

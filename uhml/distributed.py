@@ -28,10 +28,10 @@ import torch.distributed as dist  # noqa: TID251 (this is the one module that ma
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from uhml import interruption
 from uhml.environment import Place, cores, keep_freed_memory, place
 from uhml.errors import RankFailed, UserError, is_known_everywhere, known_everywhere
-from uhml.run import interruption
-from uhml.run.interruption import Preempted
+from uhml.interruption import Preempted
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -130,6 +130,11 @@ def _meet(here: Place) -> dist.Store:
         try:
             # What init_process_group begins with. There no signal would be looked at, for as long as it takes.
             store, _, _ = next(dist.rendezvous("env://", here.rank, here.world_size, timeout=COLLECTIVE_TIMEOUT))
+            store.set_timeout(COLLECTIVE_TIMEOUT)
+            # Rank 0 may have waited for the others, and they for it; but torchrun's own store is there before all.
+            if store.add("uhml/started", 1) == here.world_size:
+                store.set("uhml/all_started", "")
+            store.wait(["uhml/all_started"])
             met.append(store)
         except Exception as e:
             failed.append(e)
@@ -146,12 +151,12 @@ def _meet(here: Place) -> dist.Store:
             told = True
             logger.info("Waiting for all %d ranks to start; they meet at %s.", here.world_size, where)
     if failed:
+        interruption.check()  # rank 0 has gone by the same signal, and its store with it
         reason = str(failed[0]).splitlines()[0]
         raise UserError(
             f"The {here.world_size} ranks did not meet at {where} ({reason}): see that all were started, and that "
             "MASTER_ADDR is the machine of rank 0 and MASTER_PORT is free there."
         ) from failed[0]
-    met[0].set_timeout(COLLECTIVE_TIMEOUT)
     return met[0]
 
 
@@ -495,6 +500,6 @@ def data_parallel(model: nn.Module) -> nn.Module:
 def unexchanged(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Around a forward and backward pass of what :func:`data_parallel` returned: gradients add up, on this rank alone.
 
-    The next backward pass outside of it averages the sums.
+    Not a collective. The next backward pass outside of it averages the sums.
     """
     return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()

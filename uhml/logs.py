@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from uhml.environment import place
-from uhml.run.interruption import Preempted
+from uhml.interruption import Preempted
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uhml import distributed, poincare
+from uhml import distributed, interruption, poincare
 from uhml.config import Config, check_batch_fits
 from uhml.data.loading import TrainingBatches
 from uhml.data.pictures import Pictures, Splits
@@ -21,6 +21,7 @@ from uhml.data.workers import next_together
 from uhml.embedding import embed_share
 from uhml.evaluate import score_unseen
 from uhml.hierarchy import average_linkage_over_ranks, merging_over_ranks
+from uhml.interruption import Preempted
 from uhml.loss import Batch, HierarchicalLoss, global_loss
 from uhml.metrics import Scores
 from uhml.model import Embedder, FeatureMoments, build_embedder
@@ -29,11 +30,9 @@ from uhml.reporting.guards import watch
 from uhml.reporting.profile import profiled
 from uhml.reporting.projector import project
 from uhml.reporting.report import Reporter
-from uhml.run import interruption
 from uhml.run.background import Background
 from uhml.run.bank import FeatureBank, features_seen
 from uhml.run.checkpoint import keep_best, load_weights
-from uhml.run.interruption import Preempted
 from uhml.run.not_finite import refuse_step
 from uhml.run.random_state import random_state, restore_random_state, seed_generators
 from uhml.run.reclustering import (
@@ -196,8 +195,10 @@ def score_now(state: TrainingState, splits: Splits, run: OpenRun, report: Report
 
 
 def build_model(config: Config, is_new: bool) -> Embedder:
-    """Make the network. One that gets the weights of a checkpoint needs none before."""
-    options = config.model if is_new else dataclasses.replace(config.model, weights="random")  # type: ignore[type-var]
+    """Make the network. One that gets the weights of a checkpoint, or of another run, needs none before."""
+    options = config.model
+    if not is_new or options.init_from is not None:
+        options = dataclasses.replace(options, weights="random")  # type: ignore[type-var]
     torch.manual_seed(config.train.seed)
     model = distributed.on_every_rank(lambda: build_embedder(options, config.data.image_size))
     seed_generators(config.train.seed, distributed.rank())

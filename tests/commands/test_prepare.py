@@ -223,7 +223,7 @@ def test_a_command_that_is_cut_goes_on_where_it_stopped(cub, server, tmp_path, c
     check_complete(tmp_path / "root")
 
 
-def test_a_second_command_waits_for_its_turn(cub, tmp_path, caplog):
+def test_a_second_command_is_told_to_wait(cub, tmp_path, caplog):
     holder = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
     downloaded = tmp_path / "root" / ".CUB_200_2011.downloaded"
     downloaded.mkdir(parents=True)

@@ -145,15 +145,11 @@ def test_a_reader_that_goes_leaves_no_traceback(tmp_path, capfd):
 @pytest.mark.slow
 def test_serving_ends_with_ctrl_c(labelled_run, tmp_path):
     page = tmp_path / "page.html"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "uhml", "explore", str(labelled_run), "--out", str(page), "--serve", str(port)]
+    # Port 0 is any that is free.
+    command = [sys.executable, "-m", "uhml", "explore", str(labelled_run), "--out", str(page), "--serve", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            if f"http://127.0.0.1:{port}/" in line:
-                break
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        port = next(found[1] for line in process.stderr if (found := re.search(r"http://127\.0\.0\.1:(\d+)/", line)))
+        connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=30)
         connection.request("GET", "/")
         assert connection.getresponse().read() == page.read_bytes()
         process.send_signal(signal.SIGINT)

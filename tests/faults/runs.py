@@ -4,6 +4,7 @@ Each rank is forked from a server that has imported torch once; it leads a sessi
 goes unnoticed.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -86,7 +87,8 @@ class Launch:
         """Send a signal to a rank, or to all; who has ended already gets none."""
         for process in self.ranks if rank is None else [self.ranks[rank]]:
             if process.is_alive():
-                os.kill(process.pid, number)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
 
     def wait(self, seconds=90):
         """Return every rank's exit status; no rank and no worker of theirs is left then, or the test fails."""
@@ -98,7 +100,8 @@ class Launch:
         while (left := self._left()) and not hung and time.monotonic() < deadline:
             time.sleep(0.05)
         for pid in left:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         assert not hung, f"ranks {hung} hang:\n{self.said}"
         assert not left, f"processes {left} are left over:\n{self.said}"
         return [process.exitcode for process in self.ranks]

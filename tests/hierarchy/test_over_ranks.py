@@ -1,7 +1,6 @@
 """The engine over several ranks."""
 
 import pickle
-import time
 
 import numpy as np
 import pytest
@@ -88,9 +87,7 @@ def failures(cause):
     ],
 )
 def test_a_failure_on_one_rank_ends_all(cause, message):
-    start = time.monotonic()
     assert all(message in said for said in run_ranks(failures, 2, cause))
-    assert time.monotonic() - start < 60
 
 
 def shares_that_pass(n):

@@ -329,10 +329,11 @@ def test_no_controller_is_looked_for_by_ps_which_slim_images_lack(monkeypatch):
 
 @pytest.mark.ddp
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_local_run_from_launch_to_end_preempted_and_cancelled_on_the_way(config, run_dir, tmp_path):
     """Two ranks; SIGUSR2 starts it again, uhml cancel does not, and a second launch goes on to the same end."""
     assert "uhml status" in uhml("launch", config, "--cluster", "local", "--tasks-per-node", "2", "--run-dir", run_dir)
-    assert view(run_dir)["state"] == "starting"
+    assert view(run_dir)["state"] in ("starting", "running")
     assert load_config(run_dir / "launch" / "config.yaml") == load_config(config)
     status = wait_for(run_dir, "training", has_taken(2))
     os.kill(status.pid, signal.SIGUSR2)

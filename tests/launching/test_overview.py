@@ -196,6 +196,13 @@ def test_a_run_without_a_job(tmp_path, dead_pid):
     assert (overview.look(tmp_path).state, overview.look(tmp_path).note) == ("failed", "the loss is nan")
 
 
+def test_a_run_that_was_killed_on_its_way_out_is_finished(tmp_path, dead_pid):
+    write_status(tmp_path, status("running", host=HERE, pid=dead_pid))
+    assert overview.look(tmp_path).state == "lost"
+    (tmp_path / "result.json").write_text(json.dumps({"frozen": None, "start": None, "trained": None}))
+    assert (overview.look(tmp_path).state, overview.look(tmp_path).note) == ("finished", "")
+
+
 @pytest.mark.parametrize("host", [HERE, "n17"])
 def test_a_run_that_goes_on_by_itself_after_its_job(tmp_path, dead_pid, monkeypatch, host):
     (tmp_path / "launch").mkdir()

@@ -41,13 +41,13 @@ def test_a_cache_is_counted_and_not_yet_made(words, tmp_path, capsys):
     assert not cache.exists()
 
 
-def test_a_faster_gpu_learns_no_slower_and_reading_is_told_to_limit_it(words, capsys):
-    images = {}
+def test_reading_is_told_to_limit_a_fast_gpu_which_has_the_memory_of_its_data_sheet(words, capsys):
+    plans = {}
     for gpu in ("l4", "h200"):
         assert cli.main(["plan", *words, "data.num_workers=1", "--json", "--gpu", gpu]) == 0
-        images[gpu] = json.loads(capsys.readouterr().out)
-    assert "Reading limits the steps" in " ".join(images["h200"]["limits"])
-    assert images["h200"]["memory_of_rank"] > images["l4"]["memory_of_rank"]
+        plans[gpu] = json.loads(capsys.readouterr().out)
+    assert "Reading limits the steps" in " ".join(plans["h200"]["limits"])
+    assert plans["h200"]["memory_of_rank"] > plans["l4"]["memory_of_rank"]
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from pathlib import Path
 from uhml import distributed
 from uhml.commands.options import add_network_arguments, opened
 from uhml.data.images import list_images
-from uhml.embedding import embed_to_file
 from uhml.errors import UserError
 from uhml.files import check_out
+from uhml.trained.embed_to_file import embed_to_file
 from uhml.trained.vectors import SUFFIXES, names_of, require_parquet, unfinished_folder
 
 logger = logging.getLogger(__name__)

@@ -11,10 +11,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from uhml import distributed
+from uhml import distributed, interruption
 from uhml.config import Config, dump_config, escaped, parse_config, unescaped
 from uhml.errors import UserError, did_you_mean, known_everywhere
-from uhml.run import interruption
 from uhml.trained import Trained, load_trained
 
 # What may differ from the run: which pictures, and how the machine is used.

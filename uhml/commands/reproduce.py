@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.markdown import Markdown
 
+from uhml import interruption
 from uhml.cli import count
 from uhml.commands.check_data import refuse
 from uhml.commands.compare import title, with_deviation
@@ -27,11 +28,10 @@ from uhml.data.reading import NoDataSet, missing_noted
 from uhml.environment import place
 from uhml.errors import RunsFailed, UserError, did_you_mean
 from uhml.files import expanded, write_whole
+from uhml.interruption import Preempted
 from uhml.logs import last_error
 from uhml.progress import progress
 from uhml.reporting.runs import RunRecord, Scored, read_run, spread
-from uhml.run import interruption
-from uhml.run.interruption import Preempted
 from uhml.run.status import read_status
 
 logger = logging.getLogger(__name__)

@@ -5,10 +5,9 @@ from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from uhml import distributed
+from uhml import distributed, interruption
 from uhml.environment import give_back_freed_memory
 from uhml.errors import UserError
-from uhml.run import interruption
 
 T = TypeVar("T")
 

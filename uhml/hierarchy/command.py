@@ -30,8 +30,8 @@ examples:
 """
 
 MODE = (
-    "what is averaged: the distances of near pairs (graph) or of all pairs (dense), or of all pairs their squares, in "
-    "the ball their cosh (exact); default: %(default)s"
+    "what is averaged: the distances of near pairs, all others counting as far (graph), those of all pairs (dense), or "
+    "of all pairs what can be summed: squares, in the ball cosh, of cosine the distances (exact); default: %(default)s"
 )
 
 

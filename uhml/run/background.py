@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from uhml import interruption
 from uhml.errors import UserError
-from uhml.run import interruption
 
 
 class _Question(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from uhml.errors import UserError
 from uhml.files import write_whole
-from uhml.run.interruption import Preempted
+from uhml.interruption import Preempted
 
 FILE = "status.json"
 SECONDS_BETWEEN_WRITES = 1.0
@@ -54,15 +54,18 @@ class RunStatus:
 def read_status(run_dir: Path) -> RunStatus | None:
     """Return the status of the run in a folder, or None where no run has told one.
 
+    With its result a run is finished, also where it was killed before it could say so.
+
     Raises:
         UserError: the file is not one that :func:`write_status` wrote.
     """
     try:
-        return RunStatus(**json.loads((run_dir / FILE).read_text()))
+        status = RunStatus(**json.loads((run_dir / FILE).read_text()))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError) as e:
         raise UserError(f"{run_dir / FILE} is no status of a run; remove it, and the run can go on: {e}") from e
+    return dataclasses.replace(status, state="finished", error=None) if (run_dir / "result.json").exists() else status
 
 
 def write_status(run_dir: Path, status: RunStatus) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from uhml import distributed
 from uhml.data.pictures import Pictures
-from uhml.embedding import embed_to_file, what_rows_depend_on
 from uhml.files import write_whole
 from uhml.trained import Trained
+from uhml.trained.embed_to_file import embed_to_file, what_rows_depend_on
 from uhml.trained.vectors import Vectors, digest_of_files, read_vectors
 
 logger = logging.getLogger(__name__)
