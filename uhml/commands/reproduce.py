@@ -31,7 +31,7 @@ from uhml.files import expanded, write_whole
 from uhml.interruption import Preempted
 from uhml.logs import last_error
 from uhml.progress import progress
-from uhml.reporting.runs import RunRecord, Scored, read_run, spread
+from uhml.reporting.runs import Embedding, RunRecord, read_run, spread
 from uhml.run.status import read_status
 
 logger = logging.getLogger(__name__)
@@ -341,7 +341,7 @@ def _rows(of_setting: dict[str, list[Run]]) -> Iterator[str]:
     named = dict.fromkeys(score for found in records.values() for record in found for score in record.trained)
     scores = sorted(named, key=lambda score: not score.startswith("recall_at_"))
 
-    def row(what: str, found: Sequence[RunRecord], seeds: str, kind: Scored, seconds: str = "") -> str:
+    def row(what: str, found: Sequence[RunRecord], seeds: str, kind: Embedding, seconds: str = "") -> str:
         return f"| {' | '.join([what, seeds, *(with_deviation(spread(found, s, kind)) for s in scores), seconds])} |"
 
     yield f"| {' | '.join(['', 'seeds', *map(title, scores), 'seconds'])} |"

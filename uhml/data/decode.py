@@ -4,7 +4,6 @@ import contextlib
 import io
 import math
 import os
-import stat
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from uhml.data.formats import FORMATS
 from uhml.data.members import member_stamp, read_member
 from uhml.data.workers import Loader, next_together
 from uhml.errors import UserError
+from uhml.files import regular_file
 from uhml.progress import progress
 
 MAX_PIXELS = 2 * 89_478_485
@@ -81,22 +81,12 @@ def opened(path: str | Path) -> io.BufferedReader | io.BytesIO:
         UserError: the tar file is not usable.
     """
     try:
-        return open(path, "rb", opener=_open_file)
+        return open(path, "rb", opener=regular_file)
     except NotADirectoryError:
         contents = read_member(str(path))
         if contents is None:
             raise
         return io.BytesIO(contents)
-
-
-def _open_file(path: str, flags: int) -> int:
-    """Open a file, and no pipe or device, for ``open``: to open a pipe would wait until somebody writes into it."""
-    number = os.open(path, flags | os.O_NONBLOCK)
-    kind = os.fstat(number).st_mode
-    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # of a folder, open itself says so
-        os.close(number)
-        raise OSError("it is no regular file")
-    return number
 
 
 def stamp(path: str) -> tuple[int, int]:

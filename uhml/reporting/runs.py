@@ -8,14 +8,14 @@ import logging
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from uhml.config import FREE_TO_CHANGE, unescaped
 from uhml.errors import UserError, did_you_mean
+from uhml.plain import Damaged, parse_yaml, read_json
 from uhml.run.status import read_status
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ SEED = "train.seed"
 # Free to change, for a data set may be moved while a run is interrupted; in two runs it is likely another data set.
 ROOT = "data.root"
 
-Scored = Literal["frozen", "start", "trained"]
+Embedding = Literal["frozen", "start", "trained"]
 """What of a run has scores: see :class:`RunRecord`."""
 
 
@@ -35,6 +35,29 @@ class Curve(NamedTuple):
 
     steps: list[int]
     values: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What a result says of one embedding, see :class:`uhml.metrics.Scores`."""
+
+    recall_at_k: Annotated[dict[str, float], Field(min_length=1)]
+    map_at_r: float
+    nmi: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a finished run leaves in ``result.json``; no scores where no classes were known."""
+
+    frozen: Scored | None = None
+    start: Scored | None = None
+    trained: Scored | None = None
+    steps: int | None = None
+    seconds: float | None = None
+
+
+LINE = TypeAdapter(dict[str, str | int | float])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +95,18 @@ class NoRun(UserError):
 
 
 def each_run(folders: Sequence[Path], read: Callable[[Path], T]) -> list[T]:
-    """Read the runs in some folders. What holds none is passed over where there are others: ``runs/*`` names it, too.
+    """Read the runs in some folders. What holds none, or a damaged one, is passed over where there are others.
+
+    So that ``runs/*`` may name it, too; it is told of.
 
     Raises:
-        UserError: none of the folders holds a run, or one of them cannot be read.
+        UserError: none of the folders holds a run that can be read, or one is not there.
     """
     found, error = [], None
     for folder in folders:
         try:
             found.append(read(folder))
-        except NoRun as e:
+        except (NoRun, Damaged) as e:
             error = e
             if len(folders) > 1:
                 logger.warning("%s", e)
@@ -107,7 +132,7 @@ def read_run(folder: Path) -> RunRecord:
     if not (folder / "config.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
         raise NoRun(f"{folder} holds no run: config.yaml or metrics.jsonl is missing.")
     records = _read_metrics(folder / "metrics.jsonl")
-    status, result = read_status(folder), _read_result(folder / "result.json")
+    status, result = read_status(folder), read_result(folder)
     scored = {kind: [r for r in records if r["kind"] == f"unseen_{kind}"] for kind in ("backbone", "ball")}
     trained = [record for record in records if record["kind"] == "train"]
     first_recall = next((key for record in scored["ball"] for key in record if key.startswith("recall_at_")), "")
@@ -116,7 +141,7 @@ def read_run(folder: Path) -> RunRecord:
         settings=_read_settings(folder / "config.yaml"),
         state="finished" if result is not None else "unfinished" if status is None else status.state,
         step=records[-1]["step"] if records else 0,
-        seconds=None if result is None else result["seconds"],
+        seconds=None if result is None else result.seconds,
         frozen=_scores(scored["backbone"][:1]),
         start=_scores(scored["ball"][:1]),
         trained=_scores(scored["ball"][-1:]),
@@ -163,7 +188,7 @@ class Spread(NamedTuple):
         return mean if self.deviation is None else f"{mean} ± {factor * self.deviation:.1f}"
 
 
-def spread(group: Sequence[RunRecord], score: str, kind: Scored = "trained") -> Spread | None:
+def spread(group: Sequence[RunRecord], score: str, kind: Embedding = "trained") -> Spread | None:
     """Return the spread of a score over the finished runs; None where none has it."""
     scores = [getattr(run, kind) for run in group if run.state == "finished"]
     values = [found[score] for found in scores if score in found]
@@ -173,31 +198,42 @@ def spread(group: Sequence[RunRecord], score: str, kind: Scored = "trained") -> 
 def _read_settings(path: Path) -> dict[str, Any]:
     # Not as strictly as a config that is to be used: an older run may have had other keys.
     try:
-        sections = unescaped(OmegaConf.to_container(OmegaConf.load(path)))
-    except (OmegaConfBaseException, YAMLError) as e:
-        raise UserError(f"{path} is damaged: {' '.join(str(e).split())}") from e
+        sections = unescaped(OmegaConf.to_container(parse_yaml(path.read_text(encoding="utf-8"), str(path))))
+    except (UserError, ValueError, OSError) as e:
+        raise Damaged(f"{path} is damaged: {e}") from e
     if not isinstance(sections, dict) or not all(isinstance(keys, dict) for keys in sections.values()):
-        raise UserError(f"{path} is no config of a run.")
+        raise Damaged(f"{path} is no config of a run.")
     settings = {f"{section!s}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     return {key: value for key, value in settings.items() if key not in FREE_TO_CHANGE - {ROOT}}
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().split("\n")
     # What follows the last end of a line is being written just now.
     try:
-        return [json.loads(line) for line in lines[:-1]]
-    except ValueError as e:
-        raise UserError(f"{path} is damaged: a line is not JSON.") from e
+        lines = [LINE.validate_json(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    except (ValidationError, OSError) as e:
+        raise Damaged(f"{path} is damaged: a line of it is no record in JSON.") from e
+    for line in lines:
+        numbers = [value for key, value in line.items() if key != "kind"]
+        if (
+            not isinstance(line.get("kind"), str)
+            or "step" not in line
+            or any(isinstance(value, str) for value in numbers)
+        ):
+            raise Damaged(f"{path} is damaged: a line of it is no record of numbers.")
+    return lines
 
 
-def _read_result(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
+def read_result(run_dir: Path) -> Result | None:
+    """Return what a finished run has left in ``result.json``; None where it has not.
+
+    Raises:
+        Damaged: the file is not as it was written.
+    """
     try:
-        return json.loads(path.read_text())
-    except ValueError as e:
-        raise UserError(f"{path} is damaged: it is not JSON.") from e
+        return read_json(run_dir / "result.json", Result)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _scores(records: Sequence[dict[str, Any]]) -> dict[str, float]:

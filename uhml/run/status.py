@@ -9,17 +9,25 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from uhml.errors import UserError
+from pydantic import AfterValidator, Field
+
 from uhml.files import write_whole
 from uhml.interruption import Preempted
+from uhml.plain import Damaged, read_json
 
 FILE = "status.json"
 SECONDS_BETWEEN_WRITES = 1.0
 
 State = Literal["starting", "running", "preempted", "finished", "failed"]
 Phase = Literal["embed", "cluster", "train", "evaluate"]
+
+
+def _checked_time(said: str) -> str:
+    if datetime.datetime.fromisoformat(said).tzinfo is None:
+        raise ValueError("it names no time zone")
+    return said
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,13 +44,13 @@ class RunStatus:
     """How often the run was started again."""
     seconds_per_step: float | None
     """Recent, re-clustering not counted; None before the second step of a launch."""
-    updated_at: str
+    updated_at: Annotated[str, AfterValidator(_checked_time)]
     """UTC, ISO 8601."""
     started_at: str
     """Of the first launch."""
     host: str
     """Of rank 0."""
-    pid: int
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
     """Of rank 0."""
     world_size: int
     error: str | None
@@ -57,14 +65,14 @@ def read_status(run_dir: Path) -> RunStatus | None:
     With its result a run is finished, also where it was killed before it could say so.
 
     Raises:
-        UserError: the file is not one that :func:`write_status` wrote.
+        Damaged: the file is not one that :func:`write_status` wrote.
     """
     try:
-        status = RunStatus(**json.loads((run_dir / FILE).read_text()))
+        status = read_json(run_dir / FILE, RunStatus)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{run_dir / FILE} is no status of a run; remove it, and the run can go on: {e}") from e
+    except Damaged as e:
+        raise Damaged(f"{run_dir / FILE} is no status of a run; remove it, and the run can go on: {e}") from e
     return dataclasses.replace(status, state="finished", error=None) if (run_dir / "result.json").exists() else status
 
 

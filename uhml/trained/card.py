@@ -11,6 +11,7 @@ import timm
 import uhml
 from uhml.config import WEIGHT_PACKAGES, Config, ModelConfig, dump_config
 from uhml.model.backbone import TORCHVISION
+from uhml.reporting.runs import Result
 from uhml.run.checkpoint import EXPORTED
 from uhml.trained import Trained
 from uhml.trained.export import preprocessing
@@ -73,7 +74,7 @@ SQUASH_CODE = """\
     picture = picture.resize(({size}, {size}), Image.Resampling.BICUBIC)"""
 
 
-def model_card(trained: Trained, file: str, result: dict[str, Any] | None, difference: float | None) -> str:
+def model_card(trained: Trained, file: str, result: Result | None, difference: float | None) -> str:
     """Return the text of README.md, in which names that come from the user are escaped.
 
     Args:
@@ -175,16 +176,15 @@ def _use(trained: Trained, file: str, difference: float | None) -> str:
     )
 
 
-def _scores(result: dict[str, Any]) -> str:
-    parts = [part for part in NETWORKS if result.get(part) is not None]
-    if not parts:
+def _scores(result: Result) -> str:
+    found = {name: scores for part, name in NETWORKS.items() if (scores := getattr(result, part)) is not None}
+    if not found:
         return "None: there were no classes to score on."
-    ranks = list(result[parts[0]]["recall_at_k"])
+    ranks = list(next(iter(found.values())).recall_at_k)
     rows = [["", *(f"R@{k}" for k in ranks), "MAP@R", "NMI"], ["---"] * (len(ranks) + 3)]
-    for part in parts:
-        scores = result[part]
-        values = [*scores["recall_at_k"].values(), scores["map_at_r"], scores["nmi"]]
-        rows.append([NETWORKS[part], *(f"{100 * value:.1f}" for value in values)])
+    for name, scores in found.items():
+        values = [*scores.recall_at_k.values(), scores.map_at_r, scores.nmi]
+        rows.append([name, *(f"{100 * value:.1f}" for value in values)])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"On classes that were not trained on, per cent:\n\n{table}"
 
