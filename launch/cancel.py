@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from pathlib import Path
 
 from launch import slurm
@@ -13,6 +14,8 @@ from launch.overview import present_job
 from launch.record import write_record
 from launch.status import existing_run, members
 from uhml.errors import UserError
+from uhml.run.lock import holder
+from uhml.run.status import FILE as STATUS
 from uhml.run.status import read_status
 
 logger = logging.getLogger("uhml.launch")
@@ -56,9 +59,18 @@ def _cancel(run_dir: Path) -> None:
     else:
         assert status is not None, "what is under way has a job or has said something"
         host, pid = status.host, status.pid
+        # The number may be another's by now, or the file a stranger's: the system knows who is at work there.
+        if host == socket.gethostname() and sys.platform == "linux" and holder(run_dir) != pid:
+            raise UserError(
+                f"{run_dir}: process {pid}, which its {STATUS} names, is not seen to have the folder. If you know that "
+                f"it is the run's, kill -TERM {pid} has it save and end."
+            )
     if host != socket.gethostname():
         raise UserError(f"{run_dir} runs on {host}: cancel it there.")
-    os.kill(pid, signal.SIGTERM)
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except (ProcessLookupError, PermissionError) as e:
+        raise UserError(f"{run_dir}: process {pid} cannot be asked to end: {e.strerror}.") from e
     if job is not None:
         write_record(run_dir, dataclasses.replace(job, cancelled=True))
     logger.info("Asked process %d of %s to save and end.", pid, run_dir)

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from rich.markup import escape
 from rich.table import Table
 
 from launch.overview import View, look, readable
 from launch.record import FOLDER, SweepRecord, read_record
-from uhml.console import console
+from uhml.console import cell, console
 from uhml.reporting.runs import SEED, NoRun, Spread, each_run, no_such_run
 from uhml.run.status import FILE as STATUS
 
@@ -89,13 +88,13 @@ def _table(views: Sequence[View]) -> Table:
     for view in views:
         doing = f"{view.state}, {view.phase}" if view.state == "running" and view.phase != "train" else view.state
         table.add_row(
-            escape(Path(view.run).name or view.run),
+            cell(Path(view.run).name or view.run),
             f"[{STYLES.get(view.state, 'default')}]{doing}[/]",
             "" if view.step is None else f"{view.step:,} / {view.num_steps:,}",
             "" if view.seconds_left is None else readable(view.seconds_left),
             str(view.restarts),
-            view.job_id or "",
-            escape(view.note),
+            cell(view.job_id or ""),
+            cell(view.note),
         )
     return table
 
@@ -104,15 +103,19 @@ def _results(folder: Path, sweep: SweepRecord, views: Sequence[View]) -> Table:
     """Return the scores of the finished runs; where several seeds have finished, also their mean and spread."""
     keys = list(sweep.values[0])
     k = next(view.recall_at for view in views if view.recall)
-    table = Table(title=f"{folder.name}: R@{k} of unseen classes, per cent", caption="± is the standard deviation")
+    table = Table(
+        title=f"{cell(folder.name)}: R@{k} of unseen classes, per cent", caption="± is the standard deviation"
+    )
     for key in keys:
-        table.add_column(key, overflow="fold")
+        table.add_column(cell(key), overflow="fold")
     for name in EMBEDDINGS:
         table.add_column(name, justify="right", style="bold" if name == "trained" else None, overflow="fold")
     groups: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for values, view in zip(sweep.values, views, strict=True):
         row = [100 * view.recall[name] for name in EMBEDDINGS] if view.recall else None
-        table.add_row(*values.values(), *([f"{score:.1f}" for score in row] if row else [view.state, "", ""]))
+        table.add_row(
+            *map(cell, values.values()), *([f"{score:.1f}" for score in row] if row else [view.state, "", ""])
+        )
         if view.recall:
             groups.setdefault(tuple(value for key, value in values.items() if key != SEED), []).append(view.recall)
     if SEED in keys and any(len(group) > 1 for group in groups.values()):
@@ -120,5 +123,5 @@ def _results(folder: Path, sweep: SweepRecord, views: Sequence[View]) -> Table:
         for others, group in groups.items():
             named = iter(others)
             shown = [f"{len(group)} seeds" if key == SEED else next(named) for key in keys]
-            table.add_row(*shown, *[Spread.of([run[name] for run in group]).text() for name in EMBEDDINGS])
+            table.add_row(*map(cell, shown), *[Spread.of([run[name] for run in group]).text() for name in EMBEDDINGS])
     return table

@@ -1,4 +1,5 @@
 import hashlib
+import os
 import pickle
 
 import numpy as np
@@ -159,6 +160,19 @@ def test_a_damaged_newest_is_named_and_skipped(tmp_path, caplog):
     assert str(paths[1]) in caplog.text
     paths[0].write_bytes(paths[0].read_bytes()[:-1])
     with pytest.raises(UserError, match=r"All 3 checkpoints in .* are damaged"):
+        newest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("to", ["/mnt/unmounted/step-00000003.pt", "step-00000003.pt"])
+def test_a_link_to_nowhere_is_passed_over(tmp_path, to, caplog):
+    """As to a disk that is not mounted."""
+    old = save_checkpoint(tmp_path, 2, {"step": 2}, 3)
+    (link := tmp_path / "step-00000003.pt").symlink_to(to)
+    assert newest_checkpoint(tmp_path) == (old, {"step": 2})
+    assert f"{link} is damaged" in caplog.text
+    old.unlink()
+    os.mkfifo(old)
+    with pytest.raises(UserError, match=r"All 2 checkpoints in .* are damaged"):
         newest_checkpoint(tmp_path)
 
 

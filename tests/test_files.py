@@ -1,4 +1,5 @@
 import os
+import secrets
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypa
 
 
 def test_the_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(secrets, "token_hex", lambda length: "ab" * length)
     synced = []
 
     def fsync(descriptor):
@@ -58,4 +60,5 @@ def test_the_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     write_whole(tmp_path / "file", "all of it")
     # The file, whole, under its first name; then the folder with the new one.
-    assert synced == [("file.partial", ["file.partial"], 9), (tmp_path.name, ["file"], None)]
+    aside = f"file.{'ab' * 8}.partial"
+    assert synced == [(aside, [aside], 9), (tmp_path.name, ["file"], None)]

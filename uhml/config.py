@@ -34,8 +34,9 @@ Positive = Annotated[float, Field(gt=0, strict=True)]
 NonNegative = Annotated[float, Field(ge=0, strict=True)]
 Share = Annotated[float, Field(gt=0, le=1, strict=True)]
 Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
-Whole = Annotated[int, Field(ge=0, strict=True)]
-Count = Annotated[int, Field(ge=1, strict=True)]
+Whole = Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
+Ratio = Annotated[float, Field(ge=0.01, le=100, strict=True)]
 Number = Annotated[int, Field(strict=True)] | Annotated[float, Field(strict=True)]
 
 
@@ -70,31 +71,31 @@ class DataConfig:
     run with the same data.reduce_to reads them from there, with no look at the files but for their sizes and times.
     It changes no result. Remove the folder when you like."""
 
-    reduce_to: Annotated[int, Field(ge=16, strict=True)] | None = None
+    reduce_to: Annotated[int, Field(ge=16, le=2**15, strict=True)] | None = None
     """Reduce pictures whose shorter side is longer to this many pixels, before anything else is done to them. Null
     takes them as they are. It saves disk and time beside data.cache; twice data.image_size leaves random crops their
     detail."""
 
-    image_size: Annotated[int, Field(ge=16, strict=True)] = 224
+    image_size: Annotated[int, Field(ge=16, le=2**14, strict=True)] = 224
     """Side of the square that the network sees, in pixels."""
 
     fit: Literal["crop", "squash"] = "crop"
     """How a picture becomes a square where nothing is random: "crop" cuts the centre, "squash" keeps all of it."""
 
-    center_crop: Share = 0.875
+    center_crop: Annotated[float, Field(ge=0.01, le=1, strict=True)] = 0.875
     """With data.fit=crop: the share of the shorter side that the centre crop keeps (224 of 256 is 0.875)."""
 
     augment_scale: Annotated[tuple[Share, Share], Field(strict=False)] = (0.2, 1.0)
     """Least and greatest share of the area that a random crop keeps in training."""
 
-    augment_ratio: Annotated[tuple[Positive, Positive], Field(strict=False)] = (0.75, 4 / 3)
+    augment_ratio: Annotated[tuple[Ratio, Ratio], Field(strict=False)] = (0.75, 4 / 3)
     """Least and greatest width-to-height ratio of a random crop in training; with data.fit=squash, of the squashed
     picture."""
 
     augment_flip: bool = True
     """Mirror training pictures left to right at random. Switch it off where left and right mean something (text)."""
 
-    augment_color: NonNegative = 0.0
+    augment_color: Annotated[float, Field(ge=0, le=2, strict=True)] = 0.0
     """Strength of the random changes of brightness, contrast and saturation in training, and of a quarter of them in
     hue; 0 for none, 0.4 is usual. For pictures whose colour does not tell what they show, as that of a car."""
 
@@ -127,7 +128,7 @@ class ModelConfig:
     """How a timm network turns its map of features into one vector: as its weights were trained, by the maximum, or by
     the mean of average and maximum (after Kim et al., CVPR 2020), which sees a small thing that tells two apart."""
 
-    embedding_dim: Count = 128
+    embedding_dim: Annotated[int, Field(ge=1, le=2**16, strict=True)] = 128
     """Number of dimensions of the embedding."""
 
     curvature: Annotated[float, Field(ge=0, le=80, strict=True)] = 0.1

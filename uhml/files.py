@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import stat
+import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -20,23 +21,22 @@ logger = logging.getLogger(__name__)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 HELD = (errno.EACCES, errno.EAGAIN)
 
+NO_ARRAY = (ValueError, EOFError, TypeError, AttributeError, OverflowError, MemoryError, tokenize.TokenError)
+"""What numpy raises, where it is not to unpickle, of files that are none of its arrays."""
+
 PLOT_SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
 """Of figures without photographs in them."""
 
 
 @contextlib.contextmanager
-def opened_aside(path: Path, *, shared: bool = False) -> Iterator[IO[bytes]]:
+def opened_aside(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that takes its place at ``path`` when the block ends well; otherwise nothing has happened.
 
     It is written aside, forced to the disk and renamed: who opens ``path`` at any time, also after the machine lost its
-    power, finds all of what was there before or all of what is there now.
-
-    Args:
-        path: the file.
-        shared: whether several processes, on whatever machines, may write to ``path`` at a time.
+    power, finds all of what was there before or all of what is there now. Of several processes that write to ``path``
+    at a time, on whatever machines, the last has it.
     """
-    mark = f".{secrets.token_hex(8)}" if shared else ""
-    aside = path.with_name(f"{path.name}{mark}.partial")
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     try:
         with aside.open("wb") as file:
             yield file

@@ -10,14 +10,14 @@ import torch
 from launched import uhml
 from PIL import Image
 
-from uhml import cli, embedding
+from uhml import cli
 from uhml.data.decode import load_rgb
 from uhml.data.images import list_images
 from uhml.data.pictures import Pictures
 from uhml.data.transforms import plain_transform
 from uhml.data.verify import list_pictures
 from uhml.poincare import distance_matrix
-from uhml.trained import gallery, load_trained
+from uhml.trained import embed_to_file, gallery, load_trained
 from uhml.trained.gallery import embedded_gallery
 from uhml.trained.vectors import read_vectors
 
@@ -202,7 +202,7 @@ def test_a_picture_that_changes_while_the_gallery_is_unfinished(run_copy, shapes
     folder = tmp_path / "pictures"
     shutil.copytree(shapes, folder)
     trained, pictures = load_trained(str(run_copy)), list_images(folder)
-    rounds = embedding.embed_rounds
+    rounds = embed_to_file.embed_rounds
 
     def cut(*arguments, **options):
         yield next(iter(rounds(*arguments, **options)))
@@ -210,11 +210,11 @@ def test_a_picture_that_changes_while_the_gallery_is_unfinished(run_copy, shapes
 
     small = dataclasses.replace(trained.config, eval=dataclasses.replace(trained.config.eval, batch_size=8))
     trained = dataclasses.replace(trained, config=small)
-    monkeypatch.setattr(embedding, "embed_rounds", cut)
+    monkeypatch.setattr(embed_to_file, "embed_rounds", cut)
     with pytest.raises(RuntimeError, match="cut"):
         embedded_gallery(trained, pictures, tmp_path / "gallery")
     assert (tmp_path / "gallery" / "vectors.npy.unfinished" / "state.json").exists()
-    monkeypatch.setattr(embedding, "embed_rounds", rounds)
+    monkeypatch.setattr(embed_to_file, "embed_rounds", rounds)
     Image.new("RGB", (40, 40), "red").save(pictures.paths[0])
     found = embedded_gallery(trained, pictures, tmp_path / "gallery")
     torch.testing.assert_close(torch.tensor(found.rows[:1]), embedded(run_copy, pictures.paths[:1]))

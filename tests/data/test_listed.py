@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,21 @@ def test_everything_may_train(listing):
 def test_refusals(listing, text, match):
     with pytest.raises(UserError, match=match):
         load_splits("list", listing(text))
+
+
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
+def test_csv_with_any_end_of_line_in_a_quoted_path(listing, tmp_path, draw, end):
+    draw(tmp_path, f"p/two{end}lines.png")
+    root = tmp_path / "list.csv"
+    root.write_bytes(f'path\n"p/two{end}lines.png"\n'.encode())
+    assert load_splits("list", root).train.paths == (str(tmp_path / f"p/two{end}lines.png"),)
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.txt"])
+def test_nobody_waits_for_a_pipe(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=rf"Cannot read .*{name}: it is no regular file"):
+        load_splits("list", tmp_path / name)
 
 
 def test_columns_in_a_list_of_paths_are_told(listing):

@@ -155,6 +155,27 @@ def test_what_is_no_tree_is_refused(tmp_path, content):
         Dendrogram.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[0, 1, 1, 2], [0, 3, 2, 3]],  # a point twice
+        [[0, 4, 1, 2], [1, 3, 2, 3]],  # the second merge in the first
+        [[0, 1, 1, 2], [2, 9, 2, 3]],
+        [[0, 1, 1, 2], [-1, 3, 2, 3]],
+        [[0, 0.5, 1, 2], [2, 3, 2, 3]],
+        [[0, 1, np.nan, 2], [2, 3, 2, 3]],
+        [[0, 1, 1, 2], [2, 3, np.inf, 3]],
+        [[0, 1, 2, 2], [2, 3, 1, 3]],  # falls
+    ],
+)
+def test_merges_that_make_no_tree_are_refused(tmp_path, rows):
+    np.savez(tmp_path / "tree.npz", linkage=np.array(rows, float))
+    with pytest.raises(UserError, match="not a tree"):
+        Dendrogram.load(tmp_path / "tree.npz")
+    np.savez(tmp_path / "tree.npz", linkage=np.array([[0, 1, 1, 2], [2, 3, 2, 3]], float))
+    assert Dendrogram.load(tmp_path / "tree.npz").num_points == 3
+
+
 def test_a_tree_says_what_it_is_and_has_a_leaf_at_least():
     tree = average_linkage(np.array([[0.0, 0.0], [0.1, 0.0], [0.5, 0.0]]), geometry="euclidean", mode="dense")
     assert repr(tree) == "<Dendrogram of 3 points, merged at heights 0.1 to 0.45>"

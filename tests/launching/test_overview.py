@@ -16,6 +16,7 @@ import pytest
 from launch import cancel, overview, slurm
 from launch.record import JobRecord, write_record
 from uhml import cli
+from uhml.errors import UserError
 from uhml.run.status import RunStatus, StatusReport, read_status, reported, write_status
 
 HERE = socket.gethostname()
@@ -60,7 +61,7 @@ with contextlib.ExitStack() as stack:
 """
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"in\n"
-        yield
+        yield process.pid
         process.communicate(b"\n")
 
 
@@ -211,12 +212,13 @@ def test_a_run_that_goes_on_by_itself_after_its_job(tmp_path, dead_pid, monkeypa
     write_status(tmp_path, status("running", host=HERE, pid=os.getpid()))
     assert overview.look(tmp_path).state == "lost"
     signals = []
-    with in_folder(tmp_path):
+    with in_folder(tmp_path) as pid:
+        write_status(tmp_path, status("running", host=HERE, pid=pid))
         assert overview.look(tmp_path).state == "running"
         with monkeypatch.context() as patched:
             patched.setattr(cancel.os, "kill", lambda *words: signals.append(words))
             assert cli.main(["cancel", str(tmp_path)]) == 0
-    assert signals[-1] == (os.getpid(), signal.SIGTERM)
+    assert signals[-1] == (pid, signal.SIGTERM)
 
 
 def test_a_run_that_goes_on_by_hand_after_its_job_in_slurm(tmp_path, monkeypatch):
@@ -229,14 +231,15 @@ def test_a_run_that_goes_on_by_hand_after_its_job_in_slurm(tmp_path, monkeypatch
     monkeypatch.setattr(slurm, "cancel", done.append)
     monkeypatch.setattr(cancel.os, "kill", lambda *words: done.append(words) if words[1] else None)
     assert overview.look(tmp_path).state == "cancelled"
-    with in_folder(tmp_path):
+    with in_folder(tmp_path) as pid:
+        write_status(tmp_path, status("running", host=HERE, pid=pid))
         assert (overview.look(tmp_path).state, overview.look(tmp_path).job_id) == ("running", None)
         assert cli.main(["cancel", str(tmp_path)]) == 0
         # The job's own ranks are on this machine, too, where a node is.
         said.append("RUNNING")
         assert (overview.look(tmp_path).state, overview.look(tmp_path).job_id) == ("running", "7")
         assert cli.main(["cancel", str(tmp_path)]) == 0
-    assert done == [(os.getpid(), signal.SIGTERM), "7"]
+    assert done == [(pid, signal.SIGTERM), "7"]
 
 
 @pytest.mark.parametrize("cluster", ["slurm", "local"])
@@ -294,6 +297,75 @@ def test_what_is_no_run_is_passed_over_among_others(tmp_path, capsys, caplog):
         assert cli.main(["cancel", str(tmp_path / name)]) == 2
     assert cli.main(["status", *every, str(tmp_path / "rum")]) == 2
     assert "There is no run" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux who has a lock")
+@pytest.mark.parametrize("lock", ["another's", "a folder", "a link to itself"])
+def test_no_process_is_ended_that_is_not_seen_at_work(tmp_path, caplog, lock):
+    """A number of a dead run's may be another's by now, and a folder may be a stranger's."""
+    with subprocess.Popen(["sleep", "300"]) as bystander, contextlib.ExitStack() as stack:
+        write_status(tmp_path, status("running", host=HERE, pid=bystander.pid))
+        if lock == "another's":
+            stack.enter_context(in_folder(tmp_path))
+        elif lock == "a folder":
+            (tmp_path / "lock").mkdir()
+        else:
+            (tmp_path / "lock").symlink_to("lock")
+        assert overview.look(tmp_path).state == "running"
+        assert cli.main(["cancel", str(tmp_path)]) == 2
+        assert f"process {bystander.pid}, which its status.json names, is not seen to have the folder" in caplog.text
+        assert bystander.poll() is None
+        bystander.kill()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"x": ', "{}", "5"])
+@pytest.mark.parametrize("file", ["status.json", "result.json", "launch/job.json", "launch/sweep.json"])
+def test_a_damaged_file_of_one_run_hides_no_other(tmp_path, capsys, caplog, file, content):
+    for name in ("good", "bad"):
+        (tmp_path / name / "launch").mkdir(parents=True)
+        write_status(tmp_path / name, status("preempted"))
+    (tmp_path / "bad" / file).write_text(content)
+    folders = [str(tmp_path / name) for name in ("bad", "good")]
+    assert cli.main(["status", "--json", *folders]) == 0
+    seen = [view["run"] for view in json.loads(capsys.readouterr().out)]
+    if file == "result.json" and content == "{}":
+        assert seen == folders  # it may be an older version's
+        return
+    assert seen == folders[1:]
+    assert str(tmp_path / "bad" / file) in caplog.text
+    for command in ("status", "cancel"):
+        assert cli.main([command, folders[0]]) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"state": "great"},
+        {"pid": 0},
+        {"pid": -1},
+        {"pid": 10**30},
+        {"step": "x"},
+        {"restarts": None},
+        {"error": 5},
+        {"updated_at": "now"},
+        {"updated_at": "2026-11-29T10:00"},
+    ],
+    ids=str,
+)
+def test_a_status_that_cannot_be_is_refused(tmp_path, changes):
+    write_status(tmp_path, dataclasses.replace(status("running"), **changes))
+    with pytest.raises(UserError, match=r"status\.json is no status of a run; remove it, and the run can go on"):
+        read_status(tmp_path)
+
+
+def test_the_terminal_obeys_nothing_that_a_run_says(tmp_path, capsys):
+    folder = tmp_path / "a\x1b[31mb[red]"
+    folder.mkdir()
+    write_status(folder, status("failed", error="x\x1b]0;PWNED\a\x1b[2J[/x]"))
+    assert cli.main(["status", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "PWNED" in shown
 
 
 def test_silence_is_told(tmp_path, monkeypatch):

@@ -5,12 +5,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from uhml.commands.options import overridden
 from uhml.config import Config, DataConfig, check_batch_fits, load_config, quoted
-from uhml.console import console
+from uhml.console import cell, console
 from uhml.data.check import Report, as_json, check, relative
 from uhml.data.datasets import DATASETS
 from uhml.environment import place
@@ -93,7 +92,7 @@ def _config(source: str, root: str | None, overrides: Sequence[str]) -> Config:
 
 def _print(report: Report) -> None:
     said, found = console(), as_json(report)
-    table = Table(title=escape(str(report.base)))
+    table = Table(title=cell(report.base))
     table.add_column("")
     table.add_column("how many", justify="right")
     for part, count in found["pictures"].items():

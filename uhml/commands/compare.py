@@ -11,10 +11,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from rich.markup import escape
 from rich.table import Table
 
-from uhml.console import console
+from uhml.console import cell, console
 from uhml.errors import UserError
 from uhml.files import PLOT_SUFFIXES, check_out
 from uhml.reporting.runs import (
@@ -89,18 +88,18 @@ def table(runs: Sequence[RunRecord]) -> Table:
         steps = f"{run.step:,}" if run.state == "finished" else f"{run.step:,} / {planned:,}"
         seconds = "" if run.seconds is None else f"{run.seconds:,.0f}"
         figures = [run.frozen.get(recall), *(run.trained.get(score) for score in scores)] if recall else []
-        shown.add_row(*map(escape, (name, *settings, *state)), steps, seconds, *map(_per_cent, figures))
+        shown.add_row(*map(cell, (name, *settings, *state)), steps, seconds, *map(_per_cent, figures))
     shown.add_section()
     groups = [[run for run in group if run.state == "finished"] for group in groups_of_seeds(runs)]
     groups = [group for group in groups if len(group) > 1 and scores]
     others = [key for key in keys if key != SEED]
     of_groups = [_settings(group[0], others) for group in groups]
     for group, said, again in zip(groups, of_groups, _beginnings(of_groups, runs, groups), strict=True):
-        settings = [escape(said)] if keys else []
+        settings = [cell(said)] if keys else []
         means = [with_deviation(spread(group, score)) for score in scores]
         shown.caption = "± is the standard deviation over seeds"
         empty = [""] * (len(shown.columns) - 1 - len(settings) - len(means))
-        shown.add_row(f"mean of {len(group)}{escape(again)}", *settings, *empty, *means, style="bold")
+        shown.add_row(f"mean of {len(group)}{cell(again)}", *settings, *empty, *means, style="bold")
     return shown
 
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from uhml import distributed, logs
+from uhml import distributed
 from uhml.commands.options import add_network_arguments, opened
-from uhml.console import console
+from uhml.console import cell, console
 from uhml.data.fingerprint import fingerprint
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.sampling import evenly
@@ -153,7 +152,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
         for end in ends:
             for score in end:
                 table.add_row(
-                    escape(logs.shown(score["name"])),
+                    cell(score["name"]),
                     f"{score['pictures']:,}",
                     _per_cent(score["recall_at_1"]),
                     "" if score["map_at_r"] is None else _per_cent(score["map_at_r"]),

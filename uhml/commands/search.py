@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.markup import escape
 from rich.table import Table
 
 from uhml import distributed
 from uhml.cli import count
 from uhml.commands.options import add_network_arguments, opened
-from uhml.console import console
+from uhml.console import cell, console
 from uhml.data.decode import load_rgb
 from uhml.data.images import list_images
 from uhml.data.names import common_folder
@@ -31,7 +30,6 @@ from uhml.errors import UserError, known_everywhere
 from uhml.files import check_out
 from uhml.hierarchy.geometry import Geometry
 from uhml.hierarchy.knn import nearest_neighbors
-from uhml.logs import shown
 from uhml.reporting.sheets import Answer, Tile, write_sheet
 from uhml.trained import Trained
 from uhml.trained.gallery import embedded_gallery
@@ -249,9 +247,9 @@ def _table(query: str, found: Sequence[Found], num: int) -> Table:
     # Brackets in a name are the name's, and no markup.
     base = common_folder(answer.path for answer in found) if found else ""
     table = Table(
-        title=escape(f"{shown(Path(query).name)}, among {num:,} pictures"),
+        title=cell(f"{Path(query).name}, among {num:,} pictures"),
         title_justify="left",
-        caption=escape(f"in {shown(base)}"),
+        caption=cell(f"in {base}"),
         caption_justify="left",
     )
     table.add_column("", justify="right")
@@ -261,8 +259,8 @@ def _table(query: str, found: Sequence[Found], num: int) -> Table:
     if has_labels:
         table.add_column("class", overflow="fold")
     for number, answer in enumerate(found, start=1):
-        cells = [str(number), f"{answer.distance:.4f}", escape(shown(os.path.relpath(answer.path, base)))]
-        table.add_row(*cells, *([escape(shown(answer.label or ""))] if has_labels else []))
+        cells = [str(number), f"{answer.distance:.4f}", cell(os.path.relpath(answer.path, base))]
+        table.add_row(*cells, *([cell(answer.label or "")] if has_labels else []))
     return table
 
 

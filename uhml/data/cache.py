@@ -229,7 +229,7 @@ def _write(file: Path, paths: Sequence[str], reduce_to: int | None) -> None:
     A picture that cannot be decoded has height and width 0.
     """
     table = np.zeros((len(paths), 3), np.int64)
-    with opened_aside(file, shared=True) as out:
+    with opened_aside(file) as out:
         out.write(table.tobytes())
         for row, path in enumerate(paths):
             table[row, 0] = out.tell()

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from uhml.data.archives import Careful
 from uhml.data.formats import FORMATS
 from uhml.errors import UserError
-from uhml.files import opened_aside, user_cache
+from uhml.files import opened_aside, regular_file, user_cache
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def _find(path: str) -> tuple[str, Stamp, int, int] | None:
 def _opened(shard: str) -> Iterator[IO[bytes]]:
     """Open a tar file: each time, as that costs little beside decoding, and thousands need not be open at once."""
     try:
-        with open(shard, "rb") as file:
+        with open(shard, "rb", opener=regular_file) as file:
             yield file
     except OSError as e:
         raise UserError(f"The shard {shard} cannot be read: {e.strerror or e}.") from e
@@ -152,7 +152,7 @@ def _kept(shard: str, file: IO[bytes], stamp: Stamp) -> Index:
         raise UserError(f"The shard {shard} changes while it is read: wait until it is written.")
     try:
         keep.parent.mkdir(parents=True, exist_ok=True)
-        with opened_aside(keep, shared=True) as out:
+        with opened_aside(keep) as out:
             np.save(out, rows)
     except OSError as e:
         logger.warning("What %s holds cannot be kept in %s (%s), and is read anew each time", shard, keep.parent, e)

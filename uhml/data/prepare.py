@@ -118,7 +118,10 @@ def _check_complete(name: str, folder: Path, sentence: str) -> None:
 
 
 def _file_name(url: str) -> str:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as e:
+        raise UserError(f"--url {url} is no address: {e}.") from e
     name = PurePosixPath(unquote(parts.path)).name
     if parts.scheme not in ("http", "https") or not name or name == "..":
         raise UserError(f"--url {url} must be http:// or https:// and end in the name of a file.")

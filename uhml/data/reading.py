@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import os
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from uhml.data.members import member_stamp
 from uhml.errors import UserError
+from uhml.files import regular_file
 
 
 class NoDataSet(UserError):
@@ -52,11 +54,16 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         UserError: there is no such file, or it is no such text.
     """
+    # Not splitlines, which also splits at characters that a path may have in it.
+    return _read_text(path, newline=None).removesuffix("\n").split("\n")
+
+
+def _read_text(path: Path, newline: str | None) -> str:
     try:
-        # Not splitlines, which also splits at characters that a path may have in it.
-        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        with open(path, encoding="utf-8-sig", newline=newline, opener=regular_file) as file:
+            return file.read()
     except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}.") from error
 
@@ -67,8 +74,8 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     Raises:
         UserError: there is no such file, or it is no CSV.
     """
-    # With the ends of the lines: a quoted path may have some in it.
-    reader, whole = csv.reader((f"{line}\n" for line in read_lines(path)), strict=True), 0
+    # With the ends of the lines as they are: a quoted path may have some in it.
+    reader, whole = csv.reader(io.StringIO(_read_text(path, newline=""), newline=""), strict=True), 0
     try:
         for row in reader:
             whole = reader.line_num

@@ -52,7 +52,11 @@ def _handler(page: Path) -> type[BaseHTTPRequestHandler]:
             if self.path != "/" or host not in (HOST, "localhost"):
                 self.send_error(HTTPStatus.NOT_FOUND)
                 return
-            content = page.read_bytes()
+            try:
+                content = page.read_bytes()
+            except OSError:  # moved or removed meanwhile
+                self.send_error(HTTPStatus.NOT_FOUND)
+                return
             self.send_response(HTTPStatus.OK)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Content-Length", str(len(content)))

@@ -68,7 +68,8 @@ def find_source(trained: Trained, part: str, images: Path | None) -> Source:
 def _saved_trees(trained: Trained, splits: Splits) -> dict[int, Dendrogram]:
     """Return the trees that the run has kept, if its training pictures are still the same."""
     paths = sorted((trained.folder / HIERARCHIES).glob("step-*.npz"))
-    paths = [path for path in paths if _step(path) <= trained.step]
+    # Not a user's copy, step-00000100_old.npz.
+    paths = [path for path in paths if path.stem.removeprefix("step-").isdecimal() and _step(path) <= trained.step]
     if not paths:
         return {}
     if trained.pictures != fingerprint(splits):
@@ -77,7 +78,14 @@ def _saved_trees(trained: Trained, splits: Splits) -> dict[int, Dendrogram]:
         )
         return {}
     chosen = {paths[round(i * (len(paths) - 1) / (STEPS_SHOWN - 1))] for i in range(STEPS_SHOWN)}
-    return {_step(path): Dendrogram.load(path) for path in chosen}
+    trees = {_step(path): Dendrogram.load(path) for path in chosen}
+    for step, tree in trees.items():
+        if tree.num_points != len(splits.train):
+            raise UserError(
+                f"The tree of step {step} in {trained.folder / HIERARCHIES} is of {tree.num_points} pictures, and the "
+                f"run has {len(splits.train)}: it is another run's; remove it."
+            )
+    return trees
 
 
 def _step(path: Path) -> int:

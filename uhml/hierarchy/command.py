@@ -13,7 +13,7 @@ from torch import Tensor
 
 from uhml.console import console
 from uhml.errors import UserError
-from uhml.files import PLOT_SUFFIXES, check_out, csv_writer, opened_aside
+from uhml.files import NO_ARRAY, PLOT_SUFFIXES, check_out, csv_writer, opened_aside, regular_file
 from uhml.hierarchy import quality
 from uhml.hierarchy.geometry import GEOMETRIES, Geometry
 from uhml.hierarchy.linkage import EXACT_SEARCH_UP_TO, MIN_RECALL, MODES, average_linkage
@@ -193,10 +193,11 @@ def _write_levels(out: Path, levels: np.ndarray, counts: Sequence[int], names: S
 def _load(path: Path) -> np.ndarray:
     try:
         # Copy on write: read as it is needed, never written.
-        array = np.load(path, mmap_mode="c", allow_pickle=False)
+        with open(path, "rb", opener=regular_file):
+            array = np.load(path, mmap_mode="c", allow_pickle=False)
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"There is no file {path}.") from None
-    except (ValueError, EOFError):
+    except NO_ARRAY:
         raise UserError(f"{path} is not a .npy file of numbers.") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path} is an archive of arrays: give one of them as a .npy file.")
@@ -208,6 +209,8 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise UserError(f"--device {name} is no device: say cpu or cuda.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not for this: say cpu or cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU, and torch sees none here: use --device cpu.")
     return device

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from uhml.errors import UserError
-from uhml.files import opened_aside
+from uhml.files import NO_ARRAY, opened_aside, regular_file
 
 EXAMPLES = {"counts": "1000, 100, 10", "heights": "0.5, 0.9", "quantiles": "0.9, 0.99"}
 
@@ -220,12 +220,26 @@ class Dendrogram:
             UserError: the file is missing or holds no tree.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb", opener=regular_file) as opened, np.load(opened, allow_pickle=False) as file:
                 linkage = file["linkage"]
         except (FileNotFoundError, IsADirectoryError):
             raise UserError(f"There is no file {path}.") from None
-        except (ValueError, KeyError, zipfile.BadZipFile, EOFError, TypeError, AttributeError):
+        except (*NO_ARRAY, KeyError, zipfile.BadZipFile):
             raise UserError(f"{path} is not a tree written by uhml.") from None
-        if linkage.ndim != 2 or linkage.shape[1] != 4:
+        except OSError as e:
+            raise UserError(f"{path} cannot be read: {e.strerror or e}.") from None
+        if not _is_tree(linkage):
             raise UserError(f"{path} is not a tree written by uhml.")
         return cls(linkage)
+
+
+def _is_tree(linkage: np.ndarray) -> bool:
+    """Return whether an array is of n - 1 merges, each of clusters that are there, once, by then."""
+    if linkage.ndim != 2 or linkage.shape[1] != 4 or linkage.dtype != np.float64 or not np.isfinite(linkage).all():
+        return False
+    merges, children, heights = len(linkage), linkage[:, :2], linkage[:, 2]
+    is_whole = (children == np.floor(children)).all() and (children >= 0).all()
+    come_before = (children < merges + 1 + np.arange(merges)[:, None]).all()
+    return bool(
+        is_whole and come_before and len(np.unique(children)) == children.size and (np.diff(heights) >= 0).all()
+    )

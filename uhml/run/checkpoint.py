@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from uhml.errors import UserError
-from uhml.files import expanded, opened_aside
+from uhml.files import expanded, opened_aside, regular_file
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +78,16 @@ def read_file(path: Path) -> dict[str, Any]:
         DamagedFile: the file is not as it was written, or holds anything but tensors and plain values.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise DamagedFile(f"{path}: the checksum of {damaged} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb", opener=regular_file) as file:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise DamagedFile(f"{path}: the checksum of {damaged} is wrong")
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise DamagedFile(f"{path}: it holds no names")
+        return state
     except DamagedFile:
         raise
     except Exception as e:  # what a damaged file raises depends on where it is damaged
@@ -119,7 +124,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return path, read_file(path)
         except DamagedFile as e:
-            if not path.exists():
+            if path not in _newest_first(folder):
                 # The run goes on meanwhile, and has newer ones.
                 return newest_checkpoint(folder)
             logger.warning("%s is damaged, and passed over (%s).", path, e)

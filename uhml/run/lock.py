@@ -2,12 +2,15 @@
 
 import contextlib
 import fcntl
+import os
+import struct
+import sys
 import time
 from pathlib import Path
 from typing import IO
 
 from uhml.errors import UserError
-from uhml.files import is_taken
+from uhml.files import is_taken, regular_file
 from uhml.run.status import read_status
 
 LOCK = "lock"
@@ -32,6 +35,21 @@ def lock(run_dir: Path, stack: contextlib.ExitStack) -> None:
         raise UserError(
             f"{run_dir} is in use by another launch{where}: wait until it ends, or name another folder by --run-dir."
         )
+
+
+def holder(run_dir: Path) -> int | None:
+    """Return the process of this machine that is in a run's folder; None where there is none, or it cannot be known."""
+    if sys.platform != "linux":
+        return None
+    # The C library's struct flock: kind, from where, start, length, process.
+    form = "hhqqi4x"
+    try:
+        with open(run_dir / LOCK, "rb", opener=regular_file) as file:
+            asked = struct.pack(form, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind, _, _, _, process = struct.unpack(form, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+    except OSError:
+        return None
+    return None if kind == fcntl.F_UNLCK else process
 
 
 def is_locked(run_dir: Path) -> bool:

@@ -1,6 +1,7 @@
 """The folder of a run: made, or entered again to go on, by one launch at a time and never over a run that is done."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
@@ -95,6 +96,10 @@ def _prepare(
     run_dir: Path, config: Config, overwrite: bool, allow_change: Sequence[str], stack: contextlib.ExitStack
 ) -> tuple[Path | None, RunStatus | None, bool]:
     """Return the checkpoint to go on from, the status of the launch before, and whether the folder is a new one."""
+    try:
+        os.fspath(run_dir.absolute()).encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"--run-dir {os.fspath(run_dir)!a} is no name in UTF-8, which TensorBoard asks for.") from e
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir} is a file: name a folder, new or of an earlier run.")
     try:

@@ -40,6 +40,24 @@ class Pending(NamedTuple):
     own: Tensor
 
 
+CONTENTS: dict[str, Any] = {
+    "step": int,
+    "model": dict,
+    "optimizer": dict,
+    "schedule": dict,
+    "levels": Tensor | None,
+    "before": dict | None,
+    "best": int | float,
+    "recorded": dict,
+    "seconds": int | float,
+    "random_states": list,
+    "pictures": list,
+    "config": str,
+    "versions": dict,
+}
+"""What a checkpoint holds, and of which type."""
+
+
 class TrainingState:
     """The state of a run between two steps.
 
@@ -203,9 +221,16 @@ def read_state(path: Path) -> dict[str, Any]:
 
     def read() -> dict[str, Any]:
         try:
-            return read_file(path)
+            saved = read_file(path)
         except DamagedFile as e:
             raise UserError(f"{e}, though rank 0 can read it: is --run-dir a folder that all machines share?") from e
+        odd = next((name for name, kind in CONTENTS.items() if not isinstance(saved.get(name, ...), kind)), None)
+        if odd is not None:
+            raise UserError(
+                f"{path}: its {odd} is not what this version of uhml leaves there. Remove the file, and the run goes "
+                "on from the checkpoint before; or begin anew with --overwrite."
+            )
+        return saved
 
     return distributed.on_every_rank(read)
 

@@ -1,5 +1,6 @@
 """Pictures made ready to be searched: embedded once, kept beside the run, and embedded anew when something changed."""
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from uhml import distributed
 from uhml.data.pictures import Pictures
 from uhml.files import write_whole
+from uhml.plain import Damaged, read_json
 from uhml.trained import Trained
 from uhml.trained.embed_to_file import embed_to_file, what_rows_depend_on
 from uhml.trained.vectors import Vectors, digest_of_files, read_vectors
@@ -41,8 +43,9 @@ def embedded_gallery(trained: Trained, pictures: Pictures, folder: Path, *, skip
         key.update(what_rows_depend_on(trained, pictures), files=files, skip_corrupt=str(skip_corrupt))
         folder.mkdir(parents=True, exist_ok=True)
         kept = folder / "key.json"
-        if kept.exists() and json.loads(kept.read_text()) == key and file.exists():
-            return False
+        with contextlib.suppress(FileNotFoundError, Damaged):
+            if read_json(kept, dict[str, str]) == key and file.exists():
+                return False
         # Gone before the vectors are, so that it never stands beside others.
         kept.unlink(missing_ok=True)
         return True

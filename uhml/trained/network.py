@@ -80,7 +80,7 @@ def load_trained(source: str, device: torch.device | str = "cpu") -> Trained:
         UserError: there is no checkpoint, or none that this version can read.
     """
     path, state = find_checkpoint(source, "")
-    if not {"config", "step"} <= state.keys():
+    if "config" not in state or type(state.get("step")) is not int:
         raise UserError(f"{path} holds weights alone: name a run's folder, or a checkpoint that a run left.")
     try:
         saved_at = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC)
@@ -93,7 +93,10 @@ def load_trained(source: str, device: torch.device | str = "cpu") -> Trained:
     model = build_embedder(options, config.data.image_size)
     try:
         model.load_state_dict(state["model"])
-    except (RuntimeError, TypeError) as e:
+    except (RuntimeError, TypeError, AttributeError) as e:
         reason = " ".join(str(e).split())[:300]
         raise UserError(f"{path} is not of the network that its config describes: {reason}") from e
+    bad = next((name for name, value in model.state_dict().items() if not value.isfinite().all()), None)
+    if bad is not None:
+        raise UserError(f"{path}: {bad} holds NaN or infinite values, so nothing can be embedded by it.")
     return Trained(model.to(device).eval(), config, state["step"], path, state.get("pictures"), saved_at)

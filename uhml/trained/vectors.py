@@ -9,6 +9,7 @@ pictures they are of. What was written after the last state is written again.
 
 import contextlib
 import csv
+import dataclasses
 import hashlib
 import importlib.util
 import io
@@ -19,14 +20,16 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from uhml.data.decode import stamp
 from uhml.errors import UserError
-from uhml.files import csv_writer, is_taken, opened_aside, write_whole
+from uhml.files import NO_ARRAY, csv_writer, is_taken, opened_aside, regular_file, write_whole
+from uhml.plain import Damaged, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,23 @@ class Vectors(NamedTuple):
     paths: list[str]
 
 
+@dataclasses.dataclass
+class State:
+    """How far a file of vectors has come.
+
+    Attributes:
+        key: what the rows depend on.
+        seen: pictures from the first on.
+        files: digest of what these pictures' files are recognised by, see :func:`digest_of_files`.
+        left_out: which of them were left out, and why.
+    """
+
+    key: dict[str, str]
+    seen: Annotated[int, Field(ge=0)]
+    files: str
+    left_out: list[tuple[int, str]]
+
+
 class Unfinished:
     """A file of vectors on its way. Made by :func:`unfinished`.
 
@@ -60,15 +80,14 @@ class Unfinished:
         folder: Path,
         file: IO[bytes],
         width: int,
-        key: dict[str, Any],
+        key: dict[str, str],
         paths: Sequence[str],
-        state: dict[str, Any],
+        state: State,
         files: "hashlib._Hash",
     ) -> None:
         self._folder, self._file, self._width, self._key, self._paths = folder, file, width, key, paths
         self._settled = time.monotonic()
-        self.seen: int = state["seen"]
-        self.left_out: list[tuple[int, str]] = [(row, reason) for row, reason in state["left_out"]]
+        self.seen, self.left_out = state.seen, state.left_out
         self._files = files
 
     def go_back(self, multiple: int) -> int:
@@ -100,9 +119,8 @@ class Unfinished:
         """Force all to the disk, so that it need not be done again."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        files = self._files.hexdigest()
-        state = {"key": self._key, "seen": self.seen, "files": files, "left_out": self.left_out}
-        write_whole(self._folder / "state.json", json.dumps(state))
+        state = State(self._key, self.seen, self._files.hexdigest(), self.left_out)
+        write_whole(self._folder / "state.json", json.dumps(dataclasses.asdict(state)))
         self._settled = time.monotonic()
 
     def finish(self, out: Path) -> None:
@@ -128,7 +146,7 @@ class Unfinished:
 
 @contextlib.contextmanager
 def unfinished(
-    out: Path, width: int, key: dict[str, Any], paths: Sequence[str], overwrite: bool
+    out: Path, width: int, key: dict[str, str], paths: Sequence[str], overwrite: bool
 ) -> Iterator[Unfinished]:
     """Open a file of vectors to go on with, or to begin: anew, if a picture's file has changed that was seen already.
 
@@ -147,23 +165,23 @@ def unfinished(
     with (folder / "lock").open("a") as lock:
         if is_taken(folder, lock):
             raise UserError(f"Another command is writing {out}: wait until it ends, or name another file.")
-        state, files, rows = {"key": key, "seen": 0, "left_out": []}, digest_of_files(()), folder / "rows.npy"
-        if rows.exists() and (folder / "state.json").exists():
-            begun = json.loads((folder / "state.json").read_text())
-            if begun["key"] == key:
-                seen = digest_of_files(paths[: begun["seen"]])
-                if seen.hexdigest() == begun.get("files"):
+        state, files, rows = State(key, 0, "", []), digest_of_files(()), folder / "rows.npy"
+        begun = _begun(folder)
+        if rows.exists() and begun is not None:
+            if begun.key == key:
+                seen = digest_of_files(paths[: begun.seen])
+                if begun.seen <= len(paths) and seen.hexdigest() == begun.files:
                     state, files = begun, seen
                 else:
                     logger.warning("%s: pictures that were embedded already have changed: beginning anew.", out)
             elif not overwrite:
-                other = [name for name in key if begun["key"].get(name) != key[name]]
+                other = [name for name in key if begun.key.get(name) != key[name]]
                 raise UserError(
                     f"{folder} holds the unfinished work of another command (it differs in: {', '.join(other)}): start "
                     "that one again, or add --overwrite to begin anew."
                 )
-        with rows.open("r+b" if state["seen"] else "w+b") as file:
-            if not state["seen"]:
+        with rows.open("r+b" if state.seen else "w+b") as file:
+            if not state.seen:
                 file.write(_header(0, width))
             opened = Unfinished(folder, file, width, key, paths, state, files)
             try:
@@ -173,6 +191,17 @@ def unfinished(
                     shutil.rmtree(folder)
                 elif folder.exists():
                     opened.settle()
+
+
+def _begun(folder: Path) -> State | None:
+    """Return how far an earlier call has come that was not ended, if that can be told."""
+    try:
+        return read_json(folder / "state.json", State)
+    except FileNotFoundError:
+        return None
+    except Damaged as e:
+        logger.warning("%s Beginning anew.", e)
+        return None
 
 
 def digest_of_files(paths: Iterable[str], before: "hashlib._Hash | None" = None) -> "hashlib._Hash":
@@ -247,8 +276,9 @@ def _write_parquet(out: Path, vectors: Vectors) -> None:
 
 def _read_npy(path: Path) -> Vectors:
     try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as e:
+        with open(path, "rb", opener=regular_file):
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except NO_ARRAY as e:
         raise UserError(f"{path} is not a .npy file of numbers.") from e
     if not isinstance(rows, np.ndarray):
         raise UserError(f"{path} is an archive of arrays: give the .npy file that uhml embed wrote.")
@@ -256,6 +286,8 @@ def _read_npy(path: Path) -> Vectors:
     try:
         with names.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             paths = [row["path"] for row in csv.DictReader(file)]
+        if not all(paths):
+            raise UserError(f"{names}: the path of a row is empty.")
     except FileNotFoundError as e:
         raise UserError(f"{path} needs {names} beside it, which names the picture of each row.") from e
     except (KeyError, csv.Error) as e:
