@@ -214,6 +214,11 @@ def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path, overwrite):
         assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
+def test_a_name_that_is_no_utf8_is_refused(tmp_path):
+    assert "b\\udcff' is no name in UTF-8" in refusal(tmp_path / "b\udcff", Config())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path):
     (tmp_path / "file").touch()
     assert f"--run-dir {tmp_path / 'file'} is a file" in refusal(tmp_path / "file", Config())

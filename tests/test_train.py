@@ -32,7 +32,7 @@ from uhml.run.checkpoint import read_file, write_file
 from uhml.run.random_state import restore_random_state
 from uhml.run.reclustering import clusters_to_learn
 from uhml.run.status import read_status
-from uhml.run.training_state import read_state
+from uhml.run.training_state import CONTENTS, read_state
 from uhml.train import build_model
 from uhml.trained import load_trained
 
@@ -435,6 +435,25 @@ def test_a_finished_run_is_loaded_to_be_used(finished, shapes, tmp_path):
     write_file(tmp_path / "weights.pt", {"model": saved})
     with pytest.raises(UserError, match="weights alone"):
         load_trained(str(tmp_path / "weights.pt"))
+    spoilt = read_file(trained.checkpoint)
+    next(iter(spoilt["model"].values())).fill_(torch.nan)
+    write_file(tmp_path / "nan.pt", spoilt)
+    with pytest.raises(UserError, match=r"nan\.pt: .* holds NaN or infinite values"):
+        load_trained(str(tmp_path / "nan.pt"))
+
+
+def test_a_checkpoint_of_other_contents_is_told(finished, shapes, config, caplog):
+    newest = max((finished / "checkpoints").glob("step-*.pt"))
+    state = read_state(newest)
+    for name in CONTENTS:
+        others = {key: value for key, value in state.items() if key != name}
+        for harmed in (others, {**others, name: b"strange"}):
+            write_file(newest, harmed)
+            with pytest.raises(UserError, match=f"its {name} is not what this version of uhml leaves there"):
+                read_state(newest)
+    (finished / "result.json").unlink()
+    assert run(config, shapes, finished) == 2
+    assert f"{newest}: its {name} is not what" in caplog.text
 
 
 def test_a_run_is_never_overwritten_unasked(finished, shapes, config, caplog):

@@ -158,6 +158,26 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_result(finished_run, shapes
     assert not partial.exists()
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"key": {}}', '{"key": {}, "seen": -1, "files": "", "left_out": []}'])
+def test_unfinished_work_that_is_damaged_is_begun_anew(finished_run, shapes, tmp_path, content, caplog):
+    (unfinished := tmp_path / "v.npy.unfinished").mkdir()
+    (unfinished / "rows.npy").write_bytes(b"rubbish")
+    (unfinished / "state.json").write_text(content)
+    assert embed(finished_run, "--images", shapes, "--out", tmp_path / "v.npy") == 0
+    assert "state.json is damaged: " in caplog.text
+    assert not unfinished.exists()
+    rows, paths = read_vectors(tmp_path / "v.npy")
+    np.testing.assert_allclose(rows, one_by_one(finished_run, paths), atol=1e-5)
+
+
+def test_a_row_without_a_path_is_told(tmp_path):
+    np.save(tmp_path / "v.npy", np.zeros((2, 3), np.float32))
+    for text in ('path\na.png\n""\n', "label,path\nx,a.png\ny\n"):
+        (tmp_path / "v.csv").write_text(text)
+        with pytest.raises(UserError, match=r"v\.csv: the path of a row is empty"):
+            read_vectors(tmp_path / "v.npy")
+
+
 @pytest.mark.ddp
 def test_two_ranks_write_what_one_does_and_leave_out_the_same(finished_run, shapes, tmp_path):
     broken = tmp_path / "pictures"

@@ -296,6 +296,12 @@ def test_a_server_that_does_not_say_how_long_the_file_is(cub, server, tmp_path):
     check_complete(tmp_path / "root")
 
 
+@pytest.mark.parametrize("url", ["http://[::1/a.tgz", f"http://{'a' * 70}.example/a.tgz", "http://127.0.0.1:1x/a.tgz"])
+def test_what_is_no_address(cub, tmp_path, caplog, url):
+    assert uhml("cub200", "--root", tmp_path / "root", "--url", url) == 2
+    assert f"{url} is no address: " in caplog.text
+
+
 def test_answers_that_are_no_file(cub, server, tmp_path, caplog):
     root = tmp_path / "root"
     server.errors = [503, 429]

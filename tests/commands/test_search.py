@@ -220,6 +220,18 @@ def test_a_picture_that_changes_while_the_gallery_is_unfinished(run_copy, shapes
     torch.testing.assert_close(torch.tensor(found.rows[:1]), embedded(run_copy, pictures.paths[:1]))
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"files": 3}', "[" * 9999])
+def test_a_damaged_gallery_is_made_anew(run_copy, shapes, tmp_path, capsys, content):
+    trained, pictures = load_trained(str(run_copy)), list_images(shapes)
+    made = embedded_gallery(trained, pictures, tmp_path / "gallery")
+    key = (tmp_path / "gallery" / "key.json").read_text()
+    (tmp_path / "gallery" / "key.json").write_text(content)
+    again = embedded_gallery(trained, pictures, tmp_path / "gallery")
+    assert again.paths == made.paths
+    assert np.array_equal(again.rows, made.rows)
+    assert (tmp_path / "gallery" / "key.json").read_text() == key
+
+
 def test_a_gallery_that_leaves_pictures_out_is_not_taken_where_none_may_be(tmp_path, monkeypatch):
     made = []
 

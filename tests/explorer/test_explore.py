@@ -99,7 +99,7 @@ def test_a_checkpoint_that_goes_while_it_is_read_gives_way_to_the_next(labelled_
     assert network.load_trained(str(tmp_path / "run")).checkpoint.name == "step-00000099.pt"
 
 
-def test_the_server_shows_the_page_to_this_machine_alone(tmp_path):
+def test_the_server_shows_the_page_to_this_machine_alone(tmp_path, capfd):
     page = tmp_path / "page.html"
     page.write_text("<p>Grüße")
     with server(page, 0) as listening:
@@ -119,7 +119,10 @@ def test_the_server_shows_the_page_to_this_machine_alone(tmp_path):
         assert get("/", "localhost")[0] == get("/", "127.0.0.1")[0] == 200
         with pytest.raises(UserError, match=f"--serve {port}: cannot listen there"):
             server(page, port)
+        page.unlink()
+        assert get("/")[0] == 404
         listening.shutdown()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_reader_that_goes_leaves_no_traceback(tmp_path, capfd):

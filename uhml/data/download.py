@@ -110,7 +110,7 @@ def _told(url: str, part: Path) -> Iterator[None]:
         raise UserError(
             f"{url}: the server answers {e.code} {e.reason}. Give another address as --url, or a file as --archive."
         ) from e
-    except (ValueError, UnicodeError) as e:
+    except (ValueError, http.client.InvalidURL) as e:
         raise UserError(f"{url} is no address: {e}. Give another as --url, or a file as --archive.") from e
     except urllib.error.URLError as e:
         raise _Cut(str(e.reason)) from e
