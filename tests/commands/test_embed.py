@@ -96,6 +96,11 @@ def test_images_of_a_script_are_looked_at_like_files(finished_run, tmp_path, mod
         network.embed([Image.fromarray(np.full((9, 9), -1.0)).convert(mode)])
 
 
+def test_an_image_without_pixels_is_told(finished_run):
+    with pytest.raises(UserError, match="An image of mode RGB has no pixels"):
+        load_trained(str(finished_run)).embed([Image.new("RGB", (0, 5))])
+
+
 def test_parquet_holds_the_same(finished_run, shapes, tmp_path):
     for out in ("v.npy", "v.parquet"):
         assert embed(finished_run, "--images", shapes, "--out", tmp_path / out, "--features") == 0

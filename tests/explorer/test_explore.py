@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 from pages import read_page
 
@@ -17,6 +18,7 @@ from uhml import cli
 from uhml.commands import explore
 from uhml.errors import UserError
 from uhml.explorer.serve import server
+from uhml.hierarchy import Dendrogram
 from uhml.trained import network
 
 
@@ -82,6 +84,18 @@ def test_a_page_is_made_of_a_checkpoint_that_is_gone_by_then_and_of_a_name_that_
     monkeypatch.setattr(explore, "embed_share", overtaken)
     assert cli.main(["explore", str(run), "--out", str(tmp_path / "page.html")]) == 0
     assert read_page(tmp_path / "page.html").meta["run"] == r"caf\udce9"
+
+
+def test_a_tree_of_other_pictures_is_told_and_a_users_copy_passed_over(labelled_run, tmp_path, caplog):
+    shutil.copytree(labelled_run, tmp_path / "run")
+    trees = tmp_path / "run" / "hierarchies"
+    newest = max(trees.glob("step-*.npz"))
+    shutil.copy(newest, trees / f"{newest.stem}_old.npz")
+    words = ["explore", str(tmp_path / "run"), "--out", str(tmp_path / "page.html"), "--overwrite"]
+    assert cli.main(words) == 0
+    Dendrogram(np.array([[0.0, 1.0, 0.5, 2.0], [2.0, 3.0, 0.6, 3.0]])).save(newest)
+    assert cli.main(words) == 2
+    assert f"in {trees} is of 3 pictures, and the run has" in caplog.text
 
 
 def test_a_checkpoint_that_goes_while_it_is_read_gives_way_to_the_next(labelled_run, tmp_path, monkeypatch):

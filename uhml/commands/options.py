@@ -8,12 +8,11 @@ from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from uhml import distributed, interruption
 from uhml.config import Config, dump_config, escaped, parse_config, unescaped
 from uhml.errors import UserError, did_you_mean, known_everywhere
+from uhml.plain import NO_YAML
 from uhml.trained import Trained, load_trained
 
 # What may differ from the run: which pictures, and how the machine is used.
@@ -91,6 +90,6 @@ def overridden(config: Config, overrides: Sequence[str]) -> Config:
         if OmegaConf.select(changes, "data.dataset", default=config.data.dataset) != config.data.dataset:
             merged.data.root, merged.data.num_classes = None, None
         raw = unescaped(OmegaConf.to_container(OmegaConf.merge(merged, changes)))
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as e:
+    except NO_YAML as e:
         raise UserError(f"The overrides are no valid YAML: {' '.join(str(e).split())}") from e
     return parse_config(cast(dict[Any, Any], raw), "the run's config")

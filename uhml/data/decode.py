@@ -174,6 +174,8 @@ def _why_unidentified(path: str) -> str:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
+    if 0 in image.size:
+        raise _Refused("has no pixels")
     with contextlib.suppress(Exception):  # of a broken EXIF block
         ImageOps.exif_transpose(image, in_place=True)
     return _to_rgb(image)
