@@ -16,7 +16,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field
 
 from uhml.files import write_whole
-from uhml.plain import read_json
+from uhml.plain import Text, read_json
 
 FOLDER = "launch"
 
@@ -37,7 +37,7 @@ class JobRecord:
     submitted_at: str
     """UTC, ISO 8601."""
     num_ranks: int
-    jobs: str
+    jobs: Text
     """Folder of submitit's files and the ranks' output."""
     cancelled: bool = False
     """Whether the user has asked it to end, on cluster "local"; SLURM knows that by itself."""
@@ -47,9 +47,9 @@ class JobRecord:
 class SweepRecord:
     """The runs of a sweep."""
 
-    runs: list[str]
+    runs: list[Text]
     """Names of their folders, in order."""
-    values: list[dict[str, str]]
+    values: list[dict[str, Text]]
     """The values of the swept keys in each, as they were typed."""
 
 

@@ -1,6 +1,7 @@
 """What is read of files that anything may have happened to."""
 
 import dataclasses
+import json
 import os
 import time
 
@@ -8,19 +9,22 @@ import pytest
 from omegaconf import OmegaConf
 
 from uhml.errors import UserError
-from uhml.plain import MAX_ALIASES, Damaged, parse_yaml, read_json
+from uhml.plain import MAX_ALIASES, Damaged, Text, parse_yaml, read_json
 
 
 @dataclasses.dataclass
 class Told:
     step: int
-    names: list[str]
+    names: list[Text]
 
 
 def test_what_was_written_is_read(tmp_path):
     file = tmp_path / "told.json"
     file.write_text('{"step": 3, "names": ["a"]}')
     assert read_json(file, Told) == Told(3, ["a"])
+    told = Told(4, ["no UTF-8: \udcff"])
+    file.write_text(json.dumps(dataclasses.asdict(told)))
+    assert read_json(file, Told) == told
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "other.json", Told)
     with pytest.raises(NotADirectoryError):

@@ -24,6 +24,9 @@ def test_what_is_written_is_read(tmp_path):
     later = dataclasses.replace(found, step=7)
     write_status(tmp_path, later)
     assert read_status(tmp_path) == later
+    no_utf8 = dataclasses.replace(later, state="failed", error="The picture \udcff.png is empty.")
+    write_status(tmp_path, no_utf8)
+    assert read_status(tmp_path) == no_utf8
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 

@@ -1,13 +1,14 @@
 """Plain data out of JSON and YAML that may be damaged, or a stranger's."""
 
 import functools
+import json
 from pathlib import Path
 from typing import TypeVar
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
+from pydantic import InstanceOf, TypeAdapter, ValidationError
 
 from uhml.errors import UserError
 from uhml.files import regular_file
@@ -41,7 +42,7 @@ def read_json(path: Path, kind: type[T]) -> T:
     """
     try:
         with open(path, "rb", opener=regular_file) as file:
-            return _adapter(kind).validate_json(file.read())  # type: ignore[arg-type]
+            return _adapter(kind).validate_python(json.load(file))  # type: ignore[arg-type]
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as e:
@@ -50,9 +51,14 @@ def read_json(path: Path, kind: type[T]) -> T:
         first = e.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise Damaged(f"{path} is damaged: {where and f'{where}: '}{first['msg']}.") from e
+    except (ValueError, RecursionError) as e:
+        raise Damaged(f"{path} is damaged: {e}.") from e
 
 
 _adapter = functools.cache(TypeAdapter)
+
+Text = InstanceOf[str]
+"""A text that may have names of files in it, which need not be of UTF-8."""
 
 
 def parse_yaml(text: object, said: str) -> DictConfig | ListConfig:

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field
 
 from uhml.files import write_whole
 from uhml.interruption import Preempted
-from uhml.plain import Damaged, read_json
+from uhml.plain import Damaged, Text, read_json
 
 FILE = "status.json"
 SECONDS_BETWEEN_WRITES = 1.0
@@ -53,7 +53,7 @@ class RunStatus:
     pid: Annotated[int, Field(gt=0, lt=2**31)]
     """Of rank 0."""
     world_size: int
-    error: str | None
+    error: Text | None
     """One line, where the state is "failed"."""
     slurm_job: str | None = None
     """The job that starts the run again when it is preempted, under ``slurm/train.sbatch``."""

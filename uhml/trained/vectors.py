@@ -29,7 +29,7 @@ from pydantic import Field
 from uhml.data.decode import stamp
 from uhml.errors import UserError
 from uhml.files import NO_ARRAY, csv_writer, is_taken, opened_aside, regular_file, write_whole
-from uhml.plain import Damaged, read_json
+from uhml.plain import Damaged, Text, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class State:
     key: dict[str, str]
     seen: Annotated[int, Field(ge=0)]
     files: str
-    left_out: list[tuple[int, str]]
+    left_out: list[tuple[int, Text]]
 
 
 class Unfinished:
