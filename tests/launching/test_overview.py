@@ -341,6 +341,7 @@ def test_a_damaged_file_of_one_run_hides_no_other(tmp_path, capsys, caplog, file
     "changes",
     [
         {"state": "great"},
+        {"slurm_job": "--me"},
         {"pid": 0},
         {"pid": -1},
         {"pid": 10**30},

@@ -55,7 +55,7 @@ class RunStatus:
     world_size: int
     error: Text | None
     """One line, where the state is "failed"."""
-    slurm_job: str | None = None
+    slurm_job: Annotated[str, Field(pattern=r"^[1-9]\d*(_\d+)?$")] | None = None
     """The job that starts the run again when it is preempted, under ``slurm/train.sbatch``."""
 
 
@@ -111,7 +111,7 @@ class StatusReport:
             pid=os.getpid(),
             world_size=world_size,
             error=None,
-            slurm_job=os.environ.get("UHML_SLURM_JOB"),
+            slurm_job=os.environ.get("UHML_SLURM_JOB") or None,
         )
         self.tell()
 
