@@ -1,6 +1,6 @@
 """What every rank of a launched run does: train, and see to the requeue when it is preempted. Pickled by submitit."""
 
-import dataclasses
+import contextlib
 import logging
 import os
 import signal
@@ -17,7 +17,7 @@ from uhml import interruption, logs
 from uhml.config import load_config
 from uhml.errors import UserError
 from uhml.interruption import Preempted
-from uhml.reporting.runs import read_result
+from uhml.plain import read_json
 
 logger = logging.getLogger("uhml.launch")
 
@@ -68,9 +68,9 @@ class TrainingJob(Checkpointable):
     def _train(self) -> dict[str, Any]:
         if not snapshot.is_in_use(self.code):
             raise UserError(f"The job takes its code from {sys.path}, not from its snapshot {self.code}.")
-        if (result := read_result(self.run_dir)) is not None:
+        with contextlib.suppress(FileNotFoundError):
             # Requeued by SLURM just as it had finished.
-            return dataclasses.asdict(result)
+            return read_json(self.run_dir / "result.json", dict[str, Any])
         from uhml.train import train
 
         return train(load_config(self.config), self.run_dir, allow_change=self.allow_change)

@@ -93,7 +93,7 @@ class DataConfig:
     augment_flip: bool = True
     """Mirror training pictures left to right at random. Switch it off where left and right mean something (text)."""
 
-    augment_color: Annotated[float, Field(ge=0, le=2, strict=True)] = 0.0
+    augment_color: Annotated[float, Field(ge=0, le=100, strict=True)] = 0.0
     """Strength of the random changes of brightness, contrast and saturation in training, and of a quarter of them in
     hue; 0 for none, 0.4 is usual. For pictures whose colour does not tell what they show, as that of a car."""
 
