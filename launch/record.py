@@ -11,12 +11,11 @@ The runs of a sweep share snapshot and jobs, in the sweep's folder, where ``laun
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
-
-from pydantic import Field
+from typing import Literal, TypeVar
 
 from uhml.files import write_whole
 from uhml.plain import Text, read_json
+from uhml.run.status import JobNumber
 
 FOLDER = "launch"
 
@@ -30,7 +29,7 @@ class JobRecord:
     """The last job of a run."""
 
     cluster: Cluster
-    job_id: Annotated[str, Field(pattern=r"^[1-9]\d*(_\d+)?$")]
+    job_id: JobNumber
     """SLURM's number, with ``_i`` in an array; the process that looks after the ranks, on cluster "local"."""
     host: str
     """From where it was launched; where it runs, on cluster "local"."""

@@ -1,6 +1,7 @@
 import argparse
 import csv
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -205,3 +206,12 @@ def test_what_is_read_is_never_written_over(tmp_path):
     assert cli.main(["cluster", str(path), "--geometry", "cosine", *plot]) == 2
     assert path.read_bytes() == before
     assert not (tmp_path / "t.npz").exists()
+
+
+@pytest.mark.parametrize("what", ["points", "labels"])
+def test_a_pipe_in_the_place_of_a_file_is_named_and_not_waited_for(tmp_path, caplog, what):
+    np.save(tmp_path / "points.npy", np.eye(4))
+    os.mkfifo(pipe := tmp_path / "pipe.npy")
+    words = [pipe] if what == "points" else [tmp_path / "points.npy", "--labels", pipe]
+    assert cli.main(["cluster", *map(str, words), "--out", str(tmp_path / "tree.npz")]) == 2
+    assert f"There is no file {pipe}." in caplog.text

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from uhml.console import console
 from uhml.errors import UserError
-from uhml.files import NO_ARRAY, PLOT_SUFFIXES, check_out, csv_writer, opened_aside, regular_file
+from uhml.files import NO_ARRAY, PLOT_SUFFIXES, check_out, csv_writer, opened_aside
 from uhml.hierarchy import quality
 from uhml.hierarchy.geometry import GEOMETRIES, Geometry
 from uhml.hierarchy.linkage import EXACT_SEARCH_UP_TO, MIN_RECALL, MODES, average_linkage
@@ -191,12 +191,11 @@ def _write_levels(out: Path, levels: np.ndarray, counts: Sequence[int], names: S
 
 
 def _load(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.")
     try:
         # Copy on write: read as it is needed, never written.
-        with open(path, "rb", opener=regular_file):
-            array = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"There is no file {path}.") from None
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
     except NO_ARRAY:
         raise UserError(f"{path} is not a .npy file of numbers.") from None
     if not isinstance(array, np.ndarray):

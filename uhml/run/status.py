@@ -24,6 +24,10 @@ State = Literal["starting", "running", "preempted", "finished", "failed"]
 Phase = Literal["embed", "cluster", "train", "evaluate"]
 
 
+JobNumber = Annotated[str, Field(pattern=r"^[1-9]\d*(_\d+)?$")]
+"""SLURM's number of a job, with ``_i`` in an array; or a process's."""
+
+
 def _checked_time(said: str) -> str:
     if datetime.datetime.fromisoformat(said).tzinfo is None:
         raise ValueError("it names no time zone")
@@ -55,7 +59,7 @@ class RunStatus:
     world_size: int
     error: Text | None
     """One line, where the state is "failed"."""
-    slurm_job: Annotated[str, Field(pattern=r"^[1-9]\d*(_\d+)?$")] | None = None
+    slurm_job: JobNumber | None = None
     """The job that starts the run again when it is preempted, under ``slurm/train.sbatch``."""
 
 

@@ -28,7 +28,7 @@ from pydantic import Field
 
 from uhml.data.decode import stamp
 from uhml.errors import UserError
-from uhml.files import NO_ARRAY, csv_writer, is_taken, opened_aside, regular_file, write_whole
+from uhml.files import NO_ARRAY, csv_writer, is_taken, opened_aside, write_whole
 from uhml.plain import Damaged, Text, read_json
 
 logger = logging.getLogger(__name__)
@@ -276,8 +276,7 @@ def _write_parquet(out: Path, vectors: Vectors) -> None:
 
 def _read_npy(path: Path) -> Vectors:
     try:
-        with open(path, "rb", opener=regular_file):
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except NO_ARRAY as e:
         raise UserError(f"{path} is not a .npy file of numbers.") from e
     if not isinstance(rows, np.ndarray):
