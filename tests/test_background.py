@@ -33,6 +33,10 @@ def test_answers_errors_and_logs_come_back_from_one_process_which_ends_with_the_
         do(logging.getLogger("uhml.somewhere").warning, "the work says so")
         assert ("uhml.somewhere", logging.WARNING, "the work says so") in caplog.record_tuples
         do(print, "this is no answer")
+        caplog.set_level(logging.INFO)
+        # How far it is would be told too late, or over the bar of the run.
+        do(exec, "import uhml.progress as p; p.SECONDS_BETWEEN_LINES = 0; list(p.progress(range(9), 'beside the run'))")
+        assert "beside the run" not in caplog.text
         assert do(os.getpid) == pid
         # The signals that a terminal sends to all are not for it; work that is not done is dropped.
         for number in (signal.SIGINT, signal.SIGTERM):

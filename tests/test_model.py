@@ -117,7 +117,7 @@ def _projected(features):
 
 
 def _moments_in_blocks(features):
-    head_module.ROWS_AT_ONCE = 7
+    head_module.ROWS_AT_ONCE, head_module.COLUMNS_AT_ONCE = 7, 3
     return _moments(features)
 
 

@@ -1,5 +1,6 @@
 """Progress of long work: a bar on a terminal, a plain line now and then elsewhere, and only on rank 0."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -15,6 +16,8 @@ T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 15.0
 SECONDS_BEFORE_FIRST = 1.0
+
+_is_silent = False
 
 
 def progress(
@@ -38,7 +41,7 @@ def progress(
     """
     if total is None:
         total = done + len(iterable)  # type: ignore[arg-type]
-    if not distributed.is_main():
+    if _is_silent or not distributed.is_main():
         yield from iterable
     elif sys.stderr is not None and sys.stderr.isatty():  # None where it was closed
         bar = tqdm(
@@ -56,6 +59,17 @@ def progress(
             bar.set_postfix_str(note(), refresh=False)
     else:
         yield from _lines(iterable, description, done, total, note)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Within it, nothing shows how far it is: it goes on beside other work, which does."""
+    global _is_silent
+    before, _is_silent = _is_silent, True
+    try:
+        yield
+    finally:
+        _is_silent = before
 
 
 def _lines(iterable: Iterable[T], description: str, before: int, total: int, note: Callable[[], str]) -> Iterator[T]:

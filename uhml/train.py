@@ -134,7 +134,6 @@ def learn(state: TrainingState, splits: Splits, run: OpenRun, report: Reporter) 
             if state.pending is not None and state.step == state.pending.step + config.hierarchy.overlap_steps:
                 swap_hierarchy(state, run, report, background)
             if state.levels is None or reclusters_at(state.step, config):
-                save(state, run, report)
                 if state.levels is None or config.hierarchy.overlap_steps == 0:
                     discover_hierarchy(state, splits.train, run, report)
                 else:
@@ -254,12 +253,17 @@ def embed_to_cluster(state: TrainingState, pictures: Pictures, run: OpenRun, rep
 
     A network that learns by way of a projector has its head fitted anew to the features of this step.
     """
+    state.stepper.settle()
     run.status.phase("embed")
+    if state.bank is None:
+        # The pass takes long, and an interruption of it shall cost no step.
+        save(state, run, report)
     features = features_to_cluster(state, pictures)
     if state.model.projector is not None:
         fit_head(state.model, features, state.config)
-        # The checkpoint of this step, from before, lacks the head that goes with its backbone.
+        # A checkpoint from before the pass lacks the head that goes with its backbone.
         state.save(run.folder, report.settle)
+    save(state, run, report)
     with torch.inference_mode():
         state.pending = Pending(state.step, state.model.head(features))
     return state.pending

@@ -442,8 +442,19 @@ def test_what_torch_keeps_of_a_gpus_memory_is_there_to_be_taken(monkeypatch):
     assert memory.available(torch.device("cuda", 0)) == 45
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_one_rank_without_a_gpu_leaves_all_of_a_clustering_to_the_other_process(mode, monkeypatch):
+    points, search = mixture(0, 300)[0], linkage.nearest_neighbors
+    monkeypatch.setattr(linkage, "nearest_neighbors", lambda *_, **__: pytest.fail("it searches here"))
+    merging = merging_over_ranks(points, 300, mode=mode, num_neighbors=4)
+    monkeypatch.setattr(linkage, "nearest_neighbors", search)
+    assert np.array_equal(merging().to_scipy(), average_linkage(points, mode=mode, num_neighbors=4).to_scipy())
+
+
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("limit", [None, 2**10])
-def test_merging_in_a_process_of_its_own_is_refused_before_it_takes_memory(limit, monkeypatch):
+def test_merging_in_a_process_of_its_own_is_refused_before_it_takes_memory(limit, whole, monkeypatch):
+    monkeypatch.setattr(linkage, "left_whole", lambda *_: whole)
     merging = merging_over_ranks(ball(0, 50), 50, num_neighbors=3)
     if limit is None:
         assert merging().num_points == 50

@@ -12,6 +12,7 @@ from uhml import distributed
 from uhml.config import load_config
 from uhml.data.pictures import Pictures, Splits
 from uhml.hierarchy.graph import graph_memory
+from uhml.hierarchy.knn import search_memory
 from uhml.loss import HierarchicalLogRatioLoss
 from uhml.model import Backbone, Embedder, HyperbolicHead, build_embedder, projected_dim
 from uhml.planning import costs
@@ -101,8 +102,12 @@ def test_bank_and_pending_clustering_are_counted_in_checkpoint_and_memory_and_sa
     assert costs.disk(both, sizes, network)[0] - costs.disk(config, sizes, network)[0] == kept
     memory = [costs.memory(c, sizes, ONE, network, rank=0, on_gpu=True).network for c in (config, both)]
     assert memory[1] - memory[0] == kept + 2 * width
-    assert costs.background(config, 24) == 0
-    assert costs.background(both, 24) == points.nbytes + graph_memory(24, 5)
+    merged = points.nbytes + graph_memory(24, 5)
+    assert costs.background(config, 24, ONE, on_gpu=True) == 0
+    assert costs.background(both, 24, ONE, on_gpu=True) == merged
+    assert costs.background(both, 24, Ranks(nodes=1, per_node=2), on_gpu=False) == merged
+    # It searches, too, where one rank has no GPU.
+    assert costs.background(both, 24, ONE, on_gpu=False) == merged + search_memory(24, 24, 16, 5, 4)
     none, some = Growth(0.0, 0.0), Growth(0.01, 0.0)
     speed = Speed(
         view=0.01, picture=0.1, checked=0, start=0, exchange=0, search=none, linkage=some, retrieval=none, kmeans=none,

@@ -65,6 +65,11 @@ def average_linkage(
     space = _check(mode, geometry, curvature, num_neighbors, min_recall)
     points = space.points(_precise(_tensor(embeddings, device), mode))
     _check_not_empty(len(points))
+    return _alone(points, space, mode, num_neighbors, _recall(len(points), exact_search_up_to, min_recall))
+
+
+def _alone(points: Tensor, space: Geometry, mode: str, num_neighbors: int, recall: float) -> Dendrogram:
+    """Cluster points of a geometry in one process."""
     if mode != "graph":
         return _of_all_pairs(points, space, mode)
     n, device = len(points), points.device
@@ -73,7 +78,6 @@ def average_linkage(
     first = first_equal(row_hashes(points))
     ids = torch.arange(n, device=device)
     distinct = (first == ids).nonzero()[:, 0]
-    recall = _recall(n, exact_search_up_to, min_recall)
 
     def search(queries: Tensor, query_ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return nearest_neighbors(queries, query_ids, points[distinct], distinct, k, space, min_recall=recall)
@@ -143,12 +147,16 @@ class Merging:
         points: ``[n, d]``.
         space: the geometry they are points of.
         mode: "graph", "exact" or "dense".
-        graph: what :func:`uhml.hierarchy.graph.graph_linkage` takes, in mode "graph".
+        num_neighbors: of each point, in mode "graph".
+        recall: share of the true neighbours to find at least.
+        graph: what :func:`uhml.hierarchy.graph.graph_linkage` takes; None where nothing was done together.
     """
 
     points: Tensor
     space: Geometry
     mode: str
+    num_neighbors: int
+    recall: float
     graph: tuple[Tensor, ...] | None
 
     def __call__(self) -> Dendrogram:
@@ -158,7 +166,7 @@ class Merging:
             UserError: memory does not suffice.
         """
         if self.graph is None:
-            return _of_all_pairs(self.points, self.space, self.mode)
+            return _alone(self.points, self.space, self.mode, self.num_neighbors, self.recall)
         n, k = self.graph[0].shape
         require(graph_memory(n, k), self.points.device, _graph(n), FEWER)
         return _of_graph(self.graph, self.points, self.space)
@@ -182,13 +190,20 @@ def merging_over_ranks(
     """
     space = _check(mode, geometry, curvature, num_neighbors, min_recall)
     _, own_points = _own_points(own_embeddings, num_points, space, mode)
-    graph = None
-    if mode == "graph":
-        recall = _recall(num_points, exact_search_up_to, min_recall)
+    graph, recall = None, _recall(num_points, exact_search_up_to, min_recall)
+    if mode == "graph" and not left_whole(distributed.world_size(), own_points.device.type):
         found = _neighbors_over_ranks(own_points, num_points, space, num_neighbors, recall, gather_up_to, 0)
         graph = tuple(tensor.cpu() for tensor in found) if distributed.is_main() else None
     points = distributed.gather_shares_on_main(own_points, num_points)
-    return None if points is None else Merging(points, space, mode, graph)
+    return None if points is None else Merging(points, space, mode, num_neighbors, recall, graph)
+
+
+def left_whole(world_size: int, device: str) -> bool:
+    """Return whether :func:`merging_over_ranks` leaves the search for neighbours, too.
+
+    It does on one rank with a CPU: other ranks would share the search, and a GPU is quicker than the CPU beside it.
+    """
+    return world_size == 1 and device == "cpu"
 
 
 def _own_points(own_embeddings: Tensor, num_points: int, space: Geometry, mode: str) -> tuple[range, Tensor]:

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 2**13
 """Of a whole data set's features, so many are worked on at a time: what that takes besides does not grow with it."""
+COLUMNS_AT_ONCE = 256
+"""Of the products of all pairs of columns, so many rows at a time: fewer would be less work, but slower."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +50,7 @@ class FeatureMoments:
         mean = distributed.all_reduce_sum(_added_up(own_features, lambda rows: through(rows).double().sum(0))) / count
 
         def products(rows: Tensor) -> Tensor:
-            centred = through(rows).double() - mean
-            return centred.T @ centred
+            return _gram(through(rows).double() - mean)
 
         covariance = distributed.all_reduce_sum(_added_up(own_features, products)) / count
         if not (mean.isfinite().all() and covariance.isfinite().all()):
@@ -60,6 +61,16 @@ class FeatureMoments:
                 )
             )
         return cls(mean, covariance, int(count))
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Return ``rowsᵀ rows``, symmetric, of which what lies below the diagonal's blocks is not multiplied again."""
+    gram = rows.new_empty(rows.shape[1], rows.shape[1])
+    for start in range(0, len(gram), COLUMNS_AT_ONCE):
+        block = slice(start, start + COLUMNS_AT_ONCE)
+        products = rows[:, block].T @ rows[:, start:]
+        gram[block, start:], gram[start:, block] = products, products.T
+    return gram
 
 
 def _added_up(features: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:

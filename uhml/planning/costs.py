@@ -12,7 +12,7 @@ from uhml.hierarchy.dense import dense_memory
 from uhml.hierarchy.exact import exact_memory
 from uhml.hierarchy.graph import graph_memory
 from uhml.hierarchy.knn import search_memory
-from uhml.hierarchy.linkage import GATHER_UP_TO
+from uhml.hierarchy.linkage import GATHER_UP_TO, left_whole
 from uhml.loss import PAIRS_AT_ONCE
 from uhml.metrics import BLOCK_BYTES
 from uhml.model import projected_dim
@@ -193,6 +193,11 @@ def num_overlapped(config: Config) -> int:
     return max(0, num_hierarchies(config) - 2) if config.hierarchy.overlap_steps else 0
 
 
+def num_passes(config: Config) -> int:
+    """Return how often the training pictures go through the network: for the first and last clustering, or for each."""
+    return min(2, num_hierarchies(config)) if config.hierarchy.features == "bank" else num_hierarchies(config)
+
+
 def num_evaluations(config: Config) -> int:
     """Return how often the network is scored: before the first step, after the last, and in between if asked for."""
     between = max(0, num_hierarchies(config) - 2) if config.eval.at_reclustering else 0
@@ -201,8 +206,9 @@ def num_evaluations(config: Config) -> int:
 
 def num_checkpoints(config: Config) -> int:
     """Return how often a checkpoint is written, at most: before and after each clustering, and every so many steps."""
-    refitted = 2 if config.model.projector else 1
-    return refitted * num_hierarchies(config) + config.train.num_steps // config.train.checkpoint_every + 2
+    # With a projector the head is fitted anew after each pass, and saved again.
+    refitted = num_passes(config) if config.model.projector else 0
+    return num_hierarchies(config) + refitted + config.train.num_steps // config.train.checkpoint_every + 2
 
 
 def seconds_of_search(config: Config, n: int, ranks: Ranks, exact: Growth) -> float:
@@ -228,9 +234,7 @@ def seconds(config: Config, sizes: Sizes, ranks: Ranks, network: Network, speed:
     """Return what a run takes."""
     n, options = sizes.train, config.hierarchy
     hierarchies, evaluations = num_hierarchies(config), num_evaluations(config) if sizes.test else 0
-    # With a bank of features only the first clustering and the last pass through the pictures.
-    passes = min(2, hierarchies) if options.features == "bank" else hierarchies
-    embedding = passes * (n / ranks.nodes * speed.picture + speed.start)
+    embedding = num_passes(config) * (n / ranks.nodes * speed.picture + speed.start)
     checkpoint, tree = disk(config, sizes, network)
     written = num_checkpoints(config) * checkpoint + hierarchies * tree
     linked = n
@@ -247,6 +251,7 @@ def seconds(config: Config, sizes: Sizes, ranks: Ranks, network: Network, speed:
         reading=(n + sizes.scored) / ranks.nodes * speed.checked,
         steps=config.train.num_steps * step + (hierarchies - 1) * speed.start,
         embedding=embedding,
+        # On one rank without a GPU it goes on beside the steps, too, but takes their cores.
         search=hierarchies * seconds_of_search(config, n, ranks, speed.search),
         linkage=(hierarchies - overlapped) * speed.linkage(linked) + overlapped * waited,
         recording=(hierarchies - overlapped) * speed.record + written / speed.disk,
@@ -324,13 +329,15 @@ def _clustering(config: Config, n: int, own: int, rank: int) -> int:
     return n * d * DOUBLE + (exact_memory(n, d) if options.mode == "exact" else dense_memory(n))
 
 
-def background(config: Config, n: int) -> int:
+def background(config: Config, n: int, ranks: Ranks, *, on_gpu: bool) -> int:
     """Return the bytes that the process beside rank 0 takes of the host, beyond its libraries; 0 if there is none."""
     options, d = config.hierarchy, config.model.embedding_dim
     if not options.overlap_steps:
         return 0
     if options.mode == "graph":
-        return n * d * FLOAT + graph_memory(n, options.num_neighbors)
+        whole = left_whole(ranks.world_size, "cuda" if on_gpu else "cpu")
+        search = search_memory(n, n, d, options.num_neighbors, FLOAT) if whole else 0
+        return n * d * FLOAT + search + graph_memory(n, options.num_neighbors)
     return n * d * DOUBLE + (exact_memory(n, d) if options.mode == "exact" else dense_memory(n))
 
 

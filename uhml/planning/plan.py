@@ -231,7 +231,7 @@ def _host_of_node(
     config: Config, sizes: Sizes, ranks: Ranks, machine: Machine, measured: Calibration, main: Memory, others: Memory
 ) -> float:
     readers = ranks.per_node * config.data.num_workers * hardware.WORKER + costs.batches_in_flight(config, ranks)
-    if beside := costs.background(config, sizes.train):
+    if beside := costs.background(config, sizes.train, ranks, on_gpu=machine.on_gpu):
         readers += measured.libraries + costs.listed(config, sizes) + beside
     if machine.on_gpu:
         own = measured.libraries + hardware.CUDA_HOST + costs.listed(config, sizes)

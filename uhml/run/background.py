@@ -20,6 +20,7 @@ import torch
 
 from uhml import interruption
 from uhml.errors import UserError
+from uhml.progress import silent
 
 
 class _Question(NamedTuple):
@@ -159,7 +160,8 @@ def _do(question: _Question) -> _Answer:
     torch.set_num_threads(question.num_threads)
     result = users_error = error = None
     try:
-        result = question.work()
+        with silent():
+            result = question.work()
     except UserError as e:
         users_error = str(e)
     except Exception:
