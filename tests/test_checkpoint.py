@@ -267,6 +267,8 @@ def test_fingerprint_is_of_names_below_the_folder_that_holds_all(tmp_path, monke
     splits = Splits(train=Pictures(paths=("a/1.png", "./b/2.png")), test=Pictures(paths=(f"{tmp_path}/a/c/3.png",)))
     digests = [hashlib.sha256(names).hexdigest() for names in (b"/a/1.png\n/b/2.png", b"/a/c/3.png")]
     assert fingerprint(splits) == [(2, digests[0]), (1, digests[1])]
+    beside = Splits(train=Pictures(paths=("a/1.png", "a-/2.png", "a/3.png")))
+    assert fingerprint(beside) == [(3, hashlib.sha256(b"/a/1.png\n/a-/2.png\n/a/3.png").hexdigest())]
     gallery = Pictures(paths=("a/4.png",))
     with_gallery = Splits(train=splits.train, test=splits.test, gallery=gallery)
     assert fingerprint(with_gallery) == [*fingerprint(splits), (1, hashlib.sha256(b"/a/4.png").hexdigest())]

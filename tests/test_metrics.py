@@ -205,10 +205,8 @@ def test_clusters_that_are_the_classes_have_nmi_1_in_the_geometry_at_hand():
 
 def test_k_means_of_the_ball_is_in_the_tangent_space(monkeypatch):
     seen = []
-    fit_predict = metrics.KMeans.fit_predict
-    monkeypatch.setattr(
-        metrics.KMeans, "fit_predict", lambda self, rows: (seen.append(rows), fit_predict(self, rows))[1]
-    )
+    fit_predict = KMeans.fit_predict
+    monkeypatch.setattr(KMeans, "fit_predict", lambda self, rows: (seen.append(rows), fit_predict(self, rows))[1])
     rows = torch.tensor([[0.1, 0.2], [3.0, 0.0], [0.0, -3.1], [1.0, 1.0]], dtype=torch.float64)
     kmeans_clusters(Embedded(rows, np.array([0, 0, 1, 1])), BALL, 0)
     radius = rows.norm(dim=1, keepdim=True) * math.sqrt(0.1)
@@ -225,7 +223,7 @@ def test_clusters_are_those_of_twenty_rounds_from_one_random_start():
 def test_nmi_is_scikit_learns_of_clusters_against_classes(monkeypatch):
     queries = pictures(40, 4, 5)
     found = np.random.default_rng(0).integers(0, 4, 40)
-    monkeypatch.setattr(metrics.KMeans, "fit_predict", lambda self, rows: found)
+    monkeypatch.setattr(KMeans, "fit_predict", lambda self, rows: found)
     expected = normalized_mutual_info_score(queries.labels, found)
     assert score(queries, None, BALL, (1,), seed=0).nmi == pytest.approx(expected)
 

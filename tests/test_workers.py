@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from uhml.data.workers import Loader, next_together
+from uhml.data import workers
+from uhml.data.names import Names
+from uhml.data.workers import Loader, next_together, of_blocks
 from uhml.errors import UserError
 from uhml.interruption import SIGNALS, Preempted, handled
 
@@ -143,3 +145,27 @@ def test_workers_do_not_hold_what_the_training_process_has_freed():
     of_trainer, of_worker = map(int, told.split())
     assert of_trainer < 200 * 2**20
     assert of_worker < 200 * 2**20
+
+
+def who_saw(paths):
+    return os.getpid(), paths
+
+
+@pytest.mark.parametrize("few", [1, 100])
+def test_many_files_are_asked_for_by_other_processes_and_answered_in_order(monkeypatch, few):
+    monkeypatch.setattr(workers, "FEW_FILES", few)
+    names = [f"{i}.jpg" for i in range(90)]
+    blocks = [slice(start, start + 4) for start in range(0, 90, 4)]
+    found = list(of_blocks(who_saw, Names(names), blocks[::2], "look"))
+    assert [paths for _, paths in found] == [tuple(names[block]) for block in blocks[::2]]
+    assert ({pid for pid, _ in found} == {os.getpid()}) == (few > 50)
+
+
+def test_a_signal_ends_the_asking_between_blocks(monkeypatch):
+    monkeypatch.setattr(workers, "BLOCKS_AT_ONCE", 1)
+    with handled():
+        found = of_blocks(who_saw, Names("abc"), [slice(i, i + 1) for i in range(3)], "look")
+        assert next(found) == (os.getpid(), ("a",))
+        os.kill(os.getpid(), signal.SIGUSR2)
+        with pytest.raises(Preempted):
+            next(found)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
 from uhml import distributed
@@ -77,6 +76,8 @@ def evaluate(model: Embedder, splits: Splits, config: Config, num_neighbors: int
         config: for everything else.
         num_neighbors: k.
     """
+    from sklearn.metrics import adjusted_mutual_info_score
+
     recall_at, seed = tuple(sorted({1, *config.eval.recall_at})), config.train.seed
     scores, ami = {}, {}
     for name, geometry, queries, gallery in _embedded(model, splits, config):

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
-from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
 from uhml import distributed, poincare
@@ -88,6 +86,9 @@ def mean_scores(
         labels: ``[n]``, the queries' classes.
         clusters: ``[n]``.
     """
+    # Half a second to import, for those alone who have labels.
+    from sklearn.metrics import normalized_mutual_info_score
+
     has_relevant = ~average_precision.isnan()
     return Scores(
         recall_at_k={str(k): float(column.double().mean()) for k, column in zip(recall_at, recall.T, strict=True)},
@@ -178,6 +179,8 @@ def kmeans_clusters(embedded: Embedded, geometry: Geometry, seed: int) -> NDArra
     """
 
     def cluster() -> NDArray[np.int32]:
+        from sklearn.cluster import KMeans
+
         (rows,) = _points(geometry, embedded.rows)
         if geometry.c > 0:
             rows = poincare.ball(geometry.c).logmap0(rows)

@@ -14,7 +14,7 @@ from ranks import run_ranks
 
 from uhml import distributed
 from uhml.config import DataConfig
-from uhml.data import cache, decode
+from uhml.data import cache, decode, workers
 from uhml.data.decode import UnreadablePicture, load_rgb
 from uhml.data.pictures import Pictures, Splits
 from uhml.data.transforms import plain_transform, reduced, training_transform
@@ -134,6 +134,17 @@ def test_all_ranks_fill_it_together_on_each_machine(splits, config, world_size, 
         written = [files for _, files in found]
         assert len({file for files in written for file in files}) == sum(map(len, written)) == NUM_FILES * len(machines)
         assert max(map(len, written)) - min(map(len, written)) <= 2
+
+
+def test_several_processes_find_what_one_has_kept(splits, config, decoded, monkeypatch):
+    readable_pictures(splits, config)
+    decoded.clear()
+    monkeypatch.setattr(workers, "FEW_FILES", 0)
+    monkeypatch.setattr(workers, "BLOCKS_AT_ONCE", 2)
+    found = readable_pictures(splits, config)
+    assert not decoded
+    assert len(kept(config)) == NUM_FILES
+    assert_same(pixels(found.train), [np.asarray(load_rgb(path)) for path in splits.train.paths])
 
 
 def test_a_picture_that_changes_costs_one_file(splits, config, decoded):

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from uhml.data import reading, workers
 from uhml.data.datasets import load_splits
 from uhml.errors import UserError
 
@@ -96,6 +97,19 @@ def test_everything_may_train(listing):
 def test_refusals(listing, text, match):
     with pytest.raises(UserError, match=match):
         load_splits("list", listing(text))
+
+
+def test_a_name_that_no_file_can_have_is_missing(listing):
+    with pytest.raises(UserError, match="lists 2 pictures, of which 1 are missing"):
+        load_splits("list", listing("p/a.png\0p/b.png\np/c.png\n", "list.txt"))
+
+
+def test_what_is_missing_is_the_same_for_several_processes(listing, monkeypatch):
+    monkeypatch.setattr(workers, "FEW_FILES", 0)
+    monkeypatch.setattr(reading, "FILES_PER_BLOCK", 2)
+    names = [*"abxcdeyaz", *"abcde" * 20, "v"]
+    with pytest.raises(UserError, match=r"lists 110 pictures, of which 4 are missing, first .*p/x\.png"):
+        load_splits("list", listing("".join(f"p/{name}.png\n" for name in names), "list.txt"))
 
 
 @pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])

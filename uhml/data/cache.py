@@ -30,7 +30,7 @@ from uhml.data.decode import UnreadablePicture, load_rgb, stamp
 from uhml.data.names import absolute
 from uhml.data.sampling import evenly
 from uhml.data.transforms import reduced
-from uhml.data.workers import Loader, next_together
+from uhml.data.workers import Loader, next_together, of_blocks
 from uhml.environment import place
 from uhml.errors import UserError, known_everywhere
 from uhml.files import expanded, opened_aside
@@ -105,17 +105,21 @@ def cache_pictures(lists: Sequence[Sequence[str]], config: DataConfig) -> list[C
     """
     assert config.cache is not None
     folder = expanded(config.cache).absolute()
-    groups = [paths[i : i + PER_FILE] for paths in lists for i in range(0, len(paths), PER_FILE)]
-    files = [folder / f"{name}{SUFFIX}" for name in _names(groups, config.reduce_to)]
+    kept, groups = [], []
+    for paths in lists:
+        blocks = [slice(start, min(start + PER_FILE, len(paths))) for start in range(0, len(paths), PER_FILE)]
+        files = tuple(folder / f"{name}{SUFFIX}" for name in _names(paths, blocks, config.reduce_to))
+        kept.append(Cached(files, np.arange(len(paths))))
+        groups += [_Group(file, paths, block) for file, block in zip(files, blocks, strict=True)]
 
-    def missing() -> list[int]:
+    def missing() -> list[_Group]:
         try:
-            return [i for i, file in enumerate(files) if not _is_whole(file, len(groups[i]))]
+            return [group for group in groups if not _is_whole(group.file, group.num_pictures)]
         except OSError as e:
             raise _refusal(config, e) from e
 
     if distributed.all_reduce_max(len(distributed.on_every_rank(missing))):
-        distributed.on_every_rank(lambda: _make_room(folder, [groups[i] for i in missing()], config))
+        distributed.on_every_rank(lambda: _make_room(folder, missing(), config))
         here = place()
         for number, num_ranks in (
             (distributed.rank(), distributed.world_size()),
@@ -125,36 +129,49 @@ def cache_pictures(lists: Sequence[Sequence[str]], config: DataConfig) -> list[C
             own = distributed.on_every_rank(missing)[number::num_ranks]
             # In no order: launches that start together shall not all make the same file at a time.
             random.Random(os.urandom(8)).shuffle(own)
-            _fill([(files[i], groups[i]) for i in own], config)
+            _fill(own, config)
         if distributed.all_reduce_max(len(distributed.on_every_rank(missing))):
             raise known_everywhere(
                 UserError(f"data.cache={config.cache}: files that were written are not there. Take another folder.")
             )
     _opened.cache_clear()
-    taken = 0
-    found = []
-    for paths in lists:
-        num_files = -(-len(paths) // PER_FILE)
-        found.append(Cached(tuple(files[taken : taken + num_files]), np.arange(len(paths))))
-        taken += num_files
-    return found
+    return kept
 
 
-def _names(groups: Sequence[Sequence[str]], reduce_to: int | None) -> list[str]:
-    """Return what tells the contents of each file from those of any other. A collective."""
+class _Group(NamedTuple):
+    """The pictures of one file: some rows of a list of paths."""
 
-    def name(paths: Sequence[str]) -> str:
-        digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {reduce_to}".encode())
-        # The whole path: sizes and times are alike in an archive's folders of uncompressed pictures.
-        digest.update(os.fsencode("".join(f"\0{path}\0{stamp(path)}" for path in absolute(paths))))
-        return digest.hexdigest()
+    file: Path
+    paths: Sequence[str]
+    rows: slice
 
-    own = progress(distributed.share(len(groups)), "look for pictures in the cache", unit="file")
-    names = distributed.gather_objects([name(groups[i]) for i in own])
-    return [names[i % len(names)][i // len(names)] for i in range(len(groups))]
+    @property
+    def pictures(self) -> Sequence[str]:
+        """Their paths."""
+        return self.paths[self.rows]
+
+    @property
+    def num_pictures(self) -> int:
+        return self.rows.stop - self.rows.start
 
 
-def _make_room(folder: Path, groups: Sequence[Sequence[str]], config: DataConfig) -> None:
+def _names(paths: Sequence[str], blocks: Sequence[slice], reduce_to: int | None) -> list[str]:
+    """Return what tells the contents of the file of each block from those of any other. A collective."""
+    own = [blocks[i] for i in distributed.share(len(blocks))]
+    name = functools.partial(_name, reduce_to=reduce_to)
+    found = of_blocks(name, paths, own, "look for pictures in the cache")
+    names = distributed.gather_objects(distributed.on_every_rank(lambda: list(found), interruptible=False))
+    return [names[i % len(names)][i // len(names)] for i in range(len(blocks))]
+
+
+def _name(paths: Sequence[str], reduce_to: int | None) -> str:
+    digest = hashlib.sha256(f"{FORMAT} {PIL.__version__} {reduce_to}".encode())
+    # The whole path: sizes and times are alike in an archive's folders of uncompressed pictures.
+    digest.update(os.fsencode("".join(f"\0{path}\0{stamp(path)}" for path in absolute(paths))))
+    return digest.hexdigest()
+
+
+def _make_room(folder: Path, groups: Sequence[_Group], config: DataConfig) -> None:
     """Make the folder, and see whether there is room, on one rank of each machine."""
     if place().local_rank != 0:
         return
@@ -167,7 +184,7 @@ def _make_room(folder: Path, groups: Sequence[Sequence[str]], config: DataConfig
         free = shutil.disk_usage(folder).free
     except OSError as e:
         raise _refusal(config, e) from e
-    paths = [path for group in groups for path in group]
+    paths = [path for group in groups for path in group.pictures]
     need = len(paths) * bytes_per_picture(paths, config.reduce_to)
     if need > free:
         smaller = "" if config.reduce_to else ", reduce them with data.reduce_to"
@@ -195,7 +212,7 @@ def bytes_per_picture(paths: Sequence[str], reduce_to: int | None) -> float:
     return float(np.mean(sizes)) if sizes else 0.0
 
 
-def _fill(own: Sequence[tuple[Path, Sequence[str]]], config: DataConfig) -> None:
+def _fill(own: Sequence[_Group], config: DataConfig) -> None:
     """Write this rank's files. A collective."""
     loader = Loader(_Files(own, config), batch_size=1, num_workers=config.num_workers, collate_fn=list)
     num_rounds = distributed.all_reduce_max(len(own))
@@ -207,18 +224,18 @@ def _fill(own: Sequence[tuple[Path, Sequence[str]]], config: DataConfig) -> None
 class _Files(Dataset[None]):
     """Files that are written where they are asked for: in the worker processes."""
 
-    def __init__(self, own: Sequence[tuple[Path, Sequence[str]]], config: DataConfig) -> None:
+    def __init__(self, own: Sequence[_Group], config: DataConfig) -> None:
         self.own, self.config = own, config
 
     def __len__(self) -> int:
         return len(self.own)
 
     def __getitem__(self, i: int) -> None:
-        file, paths = self.own[i]
+        group = self.own[i]
         try:
             # Another launch may have been quicker.
-            if not _is_whole(file, len(paths)):
-                _write(file, paths, self.config.reduce_to)
+            if not _is_whole(group.file, group.num_pictures):
+                _write(group.file, group.pictures, self.config.reduce_to)
         except OSError as e:
             raise _refusal(self.config, e) from e
 

@@ -1,7 +1,6 @@
 """What pictures are known by, wherever they lie, and whether all ranks see the same."""
 
 import hashlib
-import itertools
 import os
 
 from uhml import distributed
@@ -16,7 +15,8 @@ Fingerprint = list[tuple[int, str]]
 def fingerprint(splits: Splits) -> Fingerprint:
     """Return number and digest of the names of each part's pictures, wherever they lie."""
     parts = [list(absolute(part.paths)) for part in splits.parts.values()]
-    root = common_folder(itertools.chain(*parts))
+    # The first and the last by name share a folder only if all between them do.
+    root = common_folder(end(paths) for paths in parts for end in (min, max) if paths)
     return [
         (len(paths), hashlib.sha256(os.fsencode("\n".join(path[len(root) :] for path in paths))).hexdigest())
         for paths in parts

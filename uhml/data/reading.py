@@ -9,8 +9,13 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from uhml.data.members import member_stamp
+from uhml.data.names import Names
+from uhml.data.workers import of_blocks
 from uhml.errors import UserError
 from uhml.files import regular_file
+
+FILES_PER_BLOCK = 256
+"""That a process looks for at a time."""
 
 
 class NoDataSet(UserError):
@@ -131,7 +136,11 @@ def check_exist(paths: Sequence[str], listed_in: Path) -> None:
     Raises:
         UserError: some are not, outside of :func:`missing_noted`.
     """
-    missing = [path for path in paths if not os.path.isfile(path) and member_stamp(path) is None]
+    # No file has a name with NUL in it, where two names would end.
+    missing = [path for path in paths if "\0" in path]
+    if not missing:
+        blocks = [slice(start, start + FILES_PER_BLOCK) for start in range(0, len(paths), FILES_PER_BLOCK)]
+        missing = [path for found in of_blocks(_absent, Names(paths), blocks, "look for pictures") for path in found]
     noted = _noted.get()
     if noted is not None:
         noted += missing
@@ -140,6 +149,10 @@ def check_exist(paths: Sequence[str], listed_in: Path) -> None:
             f"{listed_in} lists {len(paths):,} pictures, of which {len(missing):,} are missing, first {missing[0]}."
             f"{_what_is_odd(missing[0])}"
         )
+
+
+def _absent(paths: Sequence[str]) -> list[str]:
+    return [path for path in paths if not os.path.isfile(path) and member_stamp(path) is None]
 
 
 def _what_is_odd(path: str) -> str:

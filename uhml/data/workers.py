@@ -1,15 +1,26 @@
 """Worker processes that read pictures: they leave signals to the training process, and their errors are sentences."""
 
-from collections.abc import Callable, Generator, Iterator
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from uhml import distributed, interruption
-from uhml.environment import give_back_freed_memory
+from uhml.environment import cores, give_back_freed_memory, place
 from uhml.errors import UserError
+from uhml.progress import progress
 
 T = TypeVar("T")
+
+FEW_FILES = 20_000
+"""One process has asked for so many before others have started."""
+
+BLOCKS_AT_ONCE = 16
+"""What is asked of a process at a time."""
+
+MOST_WHO_ASK = 8
+"""Processes of a rank that ask for files at a time."""
 
 # What is said of a worker that is gone, by the loader and by the thread that pins memory for a GPU.
 KILLED = ("DataLoader worker (pid", "Pin memory thread exited")
@@ -108,3 +119,39 @@ class Loader(DataLoader[Any]):
         if self._iterator is not None:
             self._iterator._shutdown_workers()  # type: ignore[attr-defined]
             self._iterator = None
+
+
+class _Blocks(Dataset[Any]):
+    """What ``work`` makes of each of some blocks of paths."""
+
+    def __init__(self, work: Callable[[Sequence[str]], Any], paths: Sequence[str], blocks: Sequence[slice]) -> None:
+        self.work, self.paths, self.blocks = work, paths, blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.work(self.paths[self.blocks[i]])
+
+
+def of_blocks(
+    work: Callable[[Sequence[str]], T], paths: Sequence[str], blocks: Sequence[slice], description: str
+) -> Iterator[T]:
+    """Yield what ``work`` makes of blocks of paths, in their order. Many are shared by this rank's cores.
+
+    Args:
+        work: asks the disk for files: it waits more than it computes.
+        paths: of all files; as :class:`uhml.data.names.Names`, the processes need no copies of them.
+        blocks: of the paths, which ones.
+        description: of the work, for its progress.
+
+    Raises:
+        Preempted: the run was asked to end.
+    """
+    num_paths = sum(block.stop - block.start for block in blocks)
+    num_workers = 0 if num_paths < FEW_FILES else min(MOST_WHO_ASK, cores() // place().local_world_size)
+    loader = Loader(_Blocks(work, paths, blocks), batch_size=BLOCKS_AT_ONCE, num_workers=num_workers, collate_fn=list)
+    with contextlib.closing(iter(loader)) as found:
+        for results in progress(found, description, total=len(loader), unit="batch"):
+            interruption.check()
+            yield from results

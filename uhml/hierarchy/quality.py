@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 from torch import Tensor
 
 from uhml.hierarchy.dendrogram import Dendrogram
@@ -45,6 +44,9 @@ def sizes(clusters: Tensor) -> Sizes:
 
 def agreement(clusters: Tensor, labels: np.ndarray) -> Agreement:
     """Return how ``[n]`` clusters agree with ``[n]`` labels."""
+    # Half a second to import, for those alone who have labels.
+    from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+
     found, given = clusters.numpy(), np.unique(labels, return_inverse=True)[1]
     together, counts = np.unique(np.stack([found, given]), axis=1, return_counts=True)
     commonest = np.zeros(found.max() + 1, dtype=int)
