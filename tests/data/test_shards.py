@@ -311,6 +311,15 @@ def test_headers_are_read_once_and_again_when_a_shard_changes(tmp_path, user_cac
         kept.write_bytes(kept.read_bytes()[:-9])
     assert again() == (4, ["0.tar", "1.tar"])
     assert again() == (4, [])
+    for odd in (
+        b"\x93NUMPY\x01\x00\x10\x00{'descr': ((((, 0",
+        np.zeros(3),
+        np.zeros(2, [("name", "S3")]),
+        np.array("x"),
+    ):
+        for kept in user_cache.iterdir():
+            kept.write_bytes(odd) if isinstance(odd, bytes) else np.save(kept, odd)
+        assert again() == (4, ["0.tar", "1.tar"])
 
 
 def test_where_nothing_can_be_kept_it_goes_on(tmp_path, user_cache, caplog):

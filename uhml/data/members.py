@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from uhml.data.archives import Careful
 from uhml.data.formats import FORMATS
 from uhml.errors import UserError
-from uhml.files import opened_aside, regular_file, user_cache
+from uhml.files import NO_ARRAY, opened_aside, regular_file, user_cache
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,9 @@ COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 
 MAX_PATH = 4096
 """Bytes of a path that no system takes."""
+
+KINDS = [("name", "S"), ("offset", "i"), ("size", "i"), ("label", "S")]
+"""Columns of an index' rows."""
 
 Stamp = tuple[int, int]
 
@@ -145,8 +148,10 @@ def _kept(shard: str, file: IO[bytes], stamp: Stamp) -> Index:
     """Return what is kept of a tar file, or look through it and keep that."""
     digest = hashlib.sha256(f"{FORMAT}\0{os.path.abspath(shard)}\0{stamp}".encode(errors="surrogateescape"))
     keep = user_cache("shards") / f"{digest.hexdigest()}.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        return Index(stamp, np.load(keep, allow_pickle=False))
+    with contextlib.suppress(OSError, *NO_ARRAY):
+        rows = np.load(keep, allow_pickle=False)
+        if rows.ndim == 1 and [(name, rows.dtype[name].kind) for name in rows.dtype.names or ()] == KINDS:
+            return Index(stamp, rows)
     rows = _read_headers(shard, file)
     if _stamp(file) != stamp:
         raise UserError(f"The shard {shard} changes while it is read: wait until it is written.")
