@@ -21,6 +21,7 @@ from uhml.errors import UserError
 from uhml.hierarchy import average_linkage
 from uhml.loss import HierarchicalLoss
 from uhml.model import Embedder, HyperbolicHead
+from uhml.run import training_state
 from uhml.run.bank import FeatureBank, features_seen
 from uhml.run.checkpoint import read_file
 from uhml.run.reclustering import linkage_options, next_levels_at, reclusters_at
@@ -220,7 +221,14 @@ def test_a_run_is_the_one_made_by_hand(small, tmp_path, monkeypatch, one_thread,
         monkeypatch.setattr(uhml.train, "Background", background)
     config = with_hierarchy(small, features=features, overlap_steps=overlap)
     monkeypatch.setattr(uhml.train, "project", lambda *_: None)
-    passes = []
+    passes, saved_at = [], []
+
+    def save_checkpoint(folder, step, *rest):
+        saved_at.append(step)
+        return true_save(folder, step, *rest)
+
+    true_save = training_state.save_checkpoint
+    monkeypatch.setattr(training_state, "save_checkpoint", save_checkpoint)
 
     def embed_share(*arguments, **options):
         passes.append(arguments)
@@ -231,6 +239,8 @@ def test_a_run_is_the_one_made_by_hand(small, tmp_path, monkeypatch, one_thread,
     train(config, tmp_path / "run")
     # At steps 0, 3, 6 and 9; the head is fitted to those of the first.
     assert len(passes) == (2 if features == "bank" else 4)
+    # Before the pass, if there is one, and with the head that is fitted anew.
+    assert [saved_at.count(step) for step in (EVERY, 2 * EVERY)] == ([1, 1] if features == "bank" else [2, 2])
     with torch.jit.optimized_execution(False):
         expected, weights = run_by_hand(small, overlap, features == "bank")
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-6)

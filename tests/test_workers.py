@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from uhml import distributed
 from uhml.data import workers
 from uhml.data.names import Names
 from uhml.data.workers import Loader, next_together, of_blocks
@@ -154,18 +155,29 @@ def who_saw(paths):
 @pytest.mark.parametrize("few", [1, 100])
 def test_many_files_are_asked_for_by_other_processes_and_answered_in_order(monkeypatch, few):
     monkeypatch.setattr(workers, "FEW_FILES", few)
+    monkeypatch.setattr(workers, "BLOCKS_AT_ONCE", 2)
+    monkeypatch.setattr(distributed, "threads_per_rank", lambda: 3)
     names = [f"{i}.jpg" for i in range(90)]
     blocks = [slice(start, start + 4) for start in range(0, 90, 4)]
     found = list(of_blocks(who_saw, Names(names), blocks[::2], "look"))
     assert [paths for _, paths in found] == [tuple(names[block]) for block in blocks[::2]]
-    assert ({pid for pid, _ in found} == {os.getpid()}) == (few > 50)
+    pids = {pid for pid, _ in found}
+    assert (pids == {os.getpid()}) == (few > 50)
+    assert len(pids) == (1 if few > 50 else 3)
 
 
-def test_a_signal_ends_the_asking_between_blocks(monkeypatch):
+@pytest.mark.parametrize("few", [0, 100])
+def test_a_signal_ends_the_asking_between_blocks(monkeypatch, few):
+    monkeypatch.setattr(workers, "FEW_FILES", few)
     monkeypatch.setattr(workers, "BLOCKS_AT_ONCE", 1)
+    monkeypatch.setattr(distributed, "threads_per_rank", lambda: 2)
+    before = children()
     with handled():
         found = of_blocks(who_saw, Names("abc"), [slice(i, i + 1) for i in range(3)], "look")
-        assert next(found) == (os.getpid(), ("a",))
+        pid, paths = next(found)
+        assert paths == ("a",)
+        assert (pid == os.getpid()) == (few > 0)
         os.kill(os.getpid(), signal.SIGUSR2)
         with pytest.raises(Preempted):
             next(found)
+    assert children() == before

@@ -10,6 +10,7 @@ import os
 import secrets
 import stat
 import tokenize
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +22,16 @@ logger = logging.getLogger(__name__)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 HELD = (errno.EACCES, errno.EAGAIN)
 
-NO_ARRAY = (ValueError, EOFError, TypeError, AttributeError, OverflowError, MemoryError, tokenize.TokenError)
+NO_ARRAY = (
+    ValueError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+)
 """What numpy raises, where it is not to unpickle, of files that are none of its arrays."""
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf", ".jpg")

@@ -111,7 +111,8 @@ def train(config: Config, run_dir: Path, overwrite: bool = False, allow_change: 
 def learn(state: TrainingState, splits: Splits, run: OpenRun, report: Reporter) -> dict[str, Any]:
     """Take the steps that are left, and score before the first and after the last. Returns what ``result.json`` holds.
 
-    All that takes long comes after a checkpoint of its step, so that an interruption there costs no step.
+    All that takes long comes after a checkpoint of its step, so that an interruption there costs no step; a head fitted
+    to the bank's features comes before, and into it.
     """
     config, num_steps = state.config, state.config.train.num_steps
     save(state, run, report)
@@ -261,9 +262,10 @@ def embed_to_cluster(state: TrainingState, pictures: Pictures, run: OpenRun, rep
     features = features_to_cluster(state, pictures)
     if state.model.projector is not None:
         fit_head(state.model, features, state.config)
-        # A checkpoint from before the pass lacks the head that goes with its backbone.
+        # A checkpoint from before lacks the head that goes with its backbone.
         state.save(run.folder, report.settle)
-    save(state, run, report)
+    else:
+        save(state, run, report)
     with torch.inference_mode():
         state.pending = Pending(state.step, state.model.head(features))
     return state.pending
@@ -284,7 +286,10 @@ def features_to_cluster(state: TrainingState, pictures: Pictures) -> Tensor:
 
 
 def cluster_in_background(state: TrainingState, pictures: Pictures, background: Background) -> None:
-    """Find the neighbours of the pending pictures together, and leave the rest to a process beside rank 0."""
+    """Find the neighbours of the pending pictures together, and leave the rest to a process beside rank 0.
+
+    One rank without a GPU leaves it the neighbours, too.
+    """
     assert state.pending is not None
     config, (step, own) = state.config, state.pending
     merging = merging_over_ranks(own, len(pictures), **linkage_options(config))

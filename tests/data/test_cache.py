@@ -140,6 +140,7 @@ def test_several_processes_find_what_one_has_kept(splits, config, decoded, monke
     readable_pictures(splits, config)
     decoded.clear()
     monkeypatch.setattr(workers, "FEW_FILES", 0)
+    monkeypatch.setattr(distributed, "threads_per_rank", lambda: 2)
     monkeypatch.setattr(workers, "BLOCKS_AT_ONCE", 2)
     found = readable_pictures(splits, config)
     assert not decoded

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from uhml import distributed
 from uhml.data import reading, workers
 from uhml.data.datasets import load_splits
 from uhml.errors import UserError
@@ -100,12 +101,13 @@ def test_refusals(listing, text, match):
 
 
 def test_a_name_that_no_file_can_have_is_missing(listing):
-    with pytest.raises(UserError, match="lists 2 pictures, of which 1 are missing"):
-        load_splits("list", listing("p/a.png\0p/b.png\np/c.png\n", "list.txt"))
+    with pytest.raises(UserError, match="lists 3 pictures, of which 2 are missing"):
+        load_splits("list", listing("p/a.png\0p/b.png\np/c.png\np/x.png\n", "list.txt"))
 
 
 def test_what_is_missing_is_the_same_for_several_processes(listing, monkeypatch):
     monkeypatch.setattr(workers, "FEW_FILES", 0)
+    monkeypatch.setattr(distributed, "threads_per_rank", lambda: 2)
     monkeypatch.setattr(reading, "FILES_PER_BLOCK", 2)
     names = [*"abxcdeyaz", *"abcde" * 20, "v"]
     with pytest.raises(UserError, match=r"lists 110 pictures, of which 4 are missing, first .*p/x\.png"):

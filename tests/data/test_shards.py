@@ -14,7 +14,7 @@ from ranks import run_ranks
 
 from uhml import distributed
 from uhml.config import DataConfig
-from uhml.data import members
+from uhml.data import members, workers
 from uhml.data.archives import unpack
 from uhml.data.check import check
 from uhml.data.datasets import load_splits
@@ -312,6 +312,7 @@ def test_headers_are_read_once_and_again_when_a_shard_changes(tmp_path, user_cac
     assert again() == (4, ["0.tar", "1.tar"])
     assert again() == (4, [])
     for odd in (
+        b"PK\x03\x04 no zip",
         b"\x93NUMPY\x01\x00\x10\x00{'descr': ((((, 0",
         np.zeros(3),
         np.zeros(2, [("name", "S3")]),
@@ -412,7 +413,7 @@ def test_the_cache_keeps_them(tmp_path):
     assert_same([np.asarray(train.load(i)) for i in range(2)], [expected[1], arrays([f"{root}/0.tar/0.png"])[0]])
 
 
-def test_images_and_lists_may_be_in_shards(tmp_path, draw):
+def test_images_and_lists_may_be_in_shards(tmp_path, draw, monkeypatch):
     root = pack(tmp_path / "s" / "0.tar", *labelled("a", "b")).parent
     expected = [f"{root}/0.tar/0.png", f"{root}/0.tar/1.png"]
     assert list(list_images(root).paths) == expected
@@ -421,6 +422,13 @@ def test_images_and_lists_may_be_in_shards(tmp_path, draw):
     (tmp_path / "list.txt").write_text(f"{root}/0.tar/9.png")
     with pytest.raises(UserError, match="1 are missing"):
         list_images(tmp_path / "list.txt")
+    # Those whom processes look for in shards, this one knows, and so do its later processes.
+    monkeypatch.setattr(workers, "FEW_FILES", 0)
+    monkeypatch.setattr(distributed, "threads_per_rank", lambda: 2)
+    members._indexes.clear()
+    (tmp_path / "list.txt").write_text("\n".join(expected))
+    assert list(list_images(tmp_path / "list.txt").paths) == expected
+    assert list(members._indexes) == [f"{root}/0.tar"]
     # A tar file beside pictures is only one of the other files.
     draw(root, "a/1.png")
     assert list(list_images(root).paths) == [f"{root}/a/1.png"]

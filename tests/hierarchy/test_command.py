@@ -121,6 +121,7 @@ def test_one_point(tmp_path):
     [
         (["absent.npy", "--out", "tree.npz"], "no file"),
         (["words.npy", "--out", "tree.npz"], "not a .npy file"),
+        (["zip.npy", "--out", "tree.npz"], "not a .npy file"),
         (["labels.npy", "--out", "tree.npz"], "embeddings are floats"),
         (["x.npy", "--out", "tree.npz", "--labels", "x.npy"], "one label for each row"),
         (["x.npy", "--out", "absent/tree.npz"], "no folder"),
@@ -137,6 +138,7 @@ def test_one_point(tmp_path):
 def test_what_is_refused(files, words, message, monkeypatch):
     monkeypatch.chdir(files)
     (files / "words.npy").write_text("words")
+    (files / "zip.npy").write_bytes(b"PK\x03\x04 no zip")
     (files / "old.npy").touch()
     (files / "f.npy").mkdir()
     with pytest.raises(UserError, match=message):

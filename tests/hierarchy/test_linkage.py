@@ -451,6 +451,15 @@ def test_one_rank_without_a_gpu_leaves_all_of_a_clustering_to_the_other_process(
     assert np.array_equal(merging().to_scipy(), average_linkage(points, mode=mode, num_neighbors=4).to_scipy())
 
 
+def test_what_one_rank_leaves_is_searched_as_was_asked_for(monkeypatch):
+    merging = merging_over_ranks(mixture(0, 300)[0], 300, num_neighbors=4, exact_search_up_to=200, min_recall=0.95)
+    asked = []
+    monkeypatch.setattr(linkage, "nearest_neighbors", lambda *_, min_recall: asked.append(min_recall) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        merging()
+    assert asked == [0.95]
+
+
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("limit", [None, 2**10])
 def test_merging_in_a_process_of_its_own_is_refused_before_it_takes_memory(limit, whole, monkeypatch):

@@ -27,7 +27,7 @@ def list_images(source: Path) -> Pictures:
     Raises:
         UserError: it is neither, it has no picture, one cannot be named in a text file, or ranks see different ones.
     """
-    pictures = distributed.on_every_rank(lambda: _listed(source))
+    pictures = distributed.on_every_rank(lambda: _listed(source), interruptible=False)
     refuse_different(Splits(train=pictures), f"--images {source}")
     return pictures
 

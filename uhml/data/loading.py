@@ -71,7 +71,6 @@ def share_loader(
         batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        generator=_own_generator(),
     )
 
 
@@ -149,7 +148,6 @@ class TrainingBatches:
             prefetch_factor=PREFETCHED if num_workers else None,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
-            generator=_own_generator(),
         )
 
     def close(self) -> None:
@@ -170,8 +168,3 @@ class TrainingBatches:
         """
         self._batches.steps, self._batches.batch_of_step = steps, batch_of_step
         return iter(self._loader)
-
-
-def _own_generator() -> torch.Generator:
-    """Return what a loader draws its workers' seeds from, which would be torch's global generator otherwise."""
-    return torch.Generator().manual_seed(0)

@@ -136,11 +136,13 @@ def check_exist(paths: Sequence[str], listed_in: Path) -> None:
     Raises:
         UserError: some are not, outside of :func:`missing_noted`.
     """
-    # No file has a name with NUL in it, where two names would end.
+    # No file has a name with NUL in it, which separates names here.
     missing = [path for path in paths if "\0" in path]
-    if not missing:
-        blocks = [slice(start, start + FILES_PER_BLOCK) for start in range(0, len(paths), FILES_PER_BLOCK)]
-        missing = [path for found in of_blocks(_absent, Names(paths), blocks, "look for pictures") for path in found]
+    names = Names(path for path in paths if "\0" not in path) if missing else Names(paths)
+    blocks = [slice(start, start + FILES_PER_BLOCK) for start in range(0, len(names), FILES_PER_BLOCK)]
+    no_files = [path for found in of_blocks(_no_files, names, blocks, "look for pictures") for path in found]
+    # In this process, for all to come shall know the shards that they are in.
+    missing += [path for path in no_files if member_stamp(path) is None]
     noted = _noted.get()
     if noted is not None:
         noted += missing
@@ -151,8 +153,8 @@ def check_exist(paths: Sequence[str], listed_in: Path) -> None:
         )
 
 
-def _absent(paths: Sequence[str]) -> list[str]:
-    return [path for path in paths if not os.path.isfile(path) and member_stamp(path) is None]
+def _no_files(paths: Sequence[str]) -> list[str]:
+    return [path for path in paths if not os.path.isfile(path)]
 
 
 def _what_is_odd(path: str) -> str:

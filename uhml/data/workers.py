@@ -4,10 +4,11 @@ import contextlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from uhml import distributed, interruption
-from uhml.environment import cores, give_back_freed_memory, place
+from uhml.environment import give_back_freed_memory
 from uhml.errors import UserError
 from uhml.progress import progress
 
@@ -87,7 +88,14 @@ class Loader(DataLoader[Any]):
         self, dataset: Dataset[Any], *, collate_fn: Callable[[list[Any]], Any] = default_collate, **options: Any
     ) -> None:
         collate = _Collate(collate_fn)
-        super().__init__(_Tolerant(dataset), collate_fn=collate, worker_init_fn=interruption.leave_to_parent, **options)
+        super().__init__(
+            _Tolerant(dataset),
+            collate_fn=collate,
+            worker_init_fn=interruption.leave_to_parent,
+            # Its workers' seeds would be drawn from torch's global generator otherwise.
+            generator=torch.Generator().manual_seed(0),
+            **options,
+        )
 
     def __iter__(self) -> Generator[Any]:  # type: ignore[override]
         if self.num_workers and self._iterator is None:
@@ -149,7 +157,8 @@ def of_blocks(
         Preempted: the run was asked to end.
     """
     num_paths = sum(block.stop - block.start for block in blocks)
-    num_workers = 0 if num_paths < FEW_FILES else min(MOST_WHO_ASK, cores() // place().local_world_size)
+    processes = 1 if num_paths < FEW_FILES else min(MOST_WHO_ASK, distributed.threads_per_rank())
+    num_workers = processes if processes > 1 else 0
     loader = Loader(_Blocks(work, paths, blocks), batch_size=BLOCKS_AT_ONCE, num_workers=num_workers, collate_fn=list)
     with contextlib.closing(iter(loader)) as found:
         for results in progress(found, description, total=len(loader), unit="batch"):

@@ -1,7 +1,6 @@
 """The tree that hierarchical clustering builds, and its cuts."""
 
 import math
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -224,7 +223,7 @@ class Dendrogram:
                 linkage = file["linkage"]
         except (FileNotFoundError, IsADirectoryError):
             raise UserError(f"There is no file {path}.") from None
-        except (*NO_ARRAY, KeyError, zipfile.BadZipFile):
+        except (*NO_ARRAY, KeyError):
             raise UserError(f"{path} is not a tree written by uhml.") from None
         except OSError as e:
             raise UserError(f"{path} cannot be read: {e.strerror or e}.") from None

@@ -205,8 +205,8 @@ def num_evaluations(config: Config) -> int:
 
 
 def num_checkpoints(config: Config) -> int:
-    """Return how often a checkpoint is written, at most: before and after each clustering, and every so many steps."""
-    # With a projector the head is fitted anew after each pass, and saved again.
+    """Return how often a checkpoint is written, at most: for each clustering, and every so many steps."""
+    # With a projector once more after each pass, with the head that is fitted anew.
     refitted = num_passes(config) if config.model.projector else 0
     return num_hierarchies(config) + refitted + config.train.num_steps // config.train.checkpoint_every + 2
 
