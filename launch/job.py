@@ -1,6 +1,5 @@
 """What every rank of a launched run does: train, and see to the requeue when it is preempted. Pickled by submitit."""
 
-import contextlib
 import logging
 import os
 import signal
@@ -68,9 +67,9 @@ class TrainingJob(Checkpointable):
     def _train(self) -> dict[str, Any]:
         if not snapshot.is_in_use(self.code):
             raise UserError(f"The job takes its code from {sys.path}, not from its snapshot {self.code}.")
-        with contextlib.suppress(FileNotFoundError):
-            # Requeued by SLURM just as it had finished.
-            return read_json(self.run_dir / "result.json", dict[str, Any])
+        finished = read_json(self.run_dir / "result.json", dict[str, Any])
+        if finished is not None:
+            return finished  # requeued by SLURM just as it was
         from uhml.train import train
 
         return train(load_config(self.config), self.run_dir, allow_change=self.allow_change)

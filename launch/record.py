@@ -63,10 +63,7 @@ def read_record(run_dir: Path, kind: type[T]) -> T | None:
     Raises:
         Damaged: the file is not one that :func:`write_record` wrote.
     """
-    try:
-        return read_json(_path(run_dir, kind), kind)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    return read_json(_path(run_dir, kind), kind)
 
 
 def _path(run_dir: Path, kind: type) -> Path:

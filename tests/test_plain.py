@@ -25,10 +25,8 @@ def test_what_was_written_is_read(tmp_path):
     told = Told(4, ["no UTF-8: \udcff"])
     file.write_text(json.dumps(dataclasses.asdict(told)))
     assert read_json(file, Told) == told
-    with pytest.raises(FileNotFoundError):
-        read_json(tmp_path / "other.json", Told)
-    with pytest.raises(NotADirectoryError):
-        read_json(file / "told.json", Told)
+    assert read_json(tmp_path / "other.json", Told) is None
+    assert read_json(file / "told.json", Told) is None
 
 
 @pytest.mark.parametrize(

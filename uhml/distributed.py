@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
@@ -123,8 +124,7 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
 
 def _meet(here: Place) -> dist.Store:
     """Wait until all ranks have started; should one never do so, a signal ends the others."""
-    met: list[dist.Store] = []
-    failed: list[Exception] = []
+    met: futures.Future[dist.Store] = futures.Future()
 
     def meet() -> None:
         try:
@@ -135,29 +135,28 @@ def _meet(here: Place) -> dist.Store:
             if store.add("uhml/started", 1) == here.world_size:
                 store.set("uhml/all_started", "")
             store.wait(["uhml/all_started"])
-            met.append(store)
+            met.set_result(store)
         except Exception as e:
-            failed.append(e)
+            met.set_exception(e)
 
-    waiting = threading.Thread(target=meet, daemon=True)
-    waiting.start()
+    threading.Thread(target=meet, daemon=True).start()
     began, told = time.monotonic(), False
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    while waiting.is_alive():
-        waiting.join(0.1)
+    while not futures.wait([met], 0.1).done:
         if interruption.seconds_since() > SECONDS_TO_MEET:
             interruption.check()
         if not told and time.monotonic() - began > SECONDS_UNTIL_TOLD:
             told = True
             logger.info("Waiting for all %d ranks to start; they meet at %s.", here.world_size, where)
-    if failed:
+    try:
+        return met.result()
+    except Exception as e:
         interruption.check()  # rank 0 has gone by the same signal, and its store with it
-        reason = str(failed[0]).splitlines()[0]
+        reason = str(e).splitlines()[0]
         raise UserError(
             f"The {here.world_size} ranks did not meet at {where} ({reason}): see that all were started, and that "
             "MASTER_ADDR is the machine of rank 0 and MASTER_PORT is free there."
-        ) from failed[0]
-    return met[0]
+        ) from e
 
 
 def _own_gpu(here: Place) -> int:

@@ -29,22 +29,21 @@ class Damaged(UserError):
     """A file of a run that is there, but not as uhml has written it."""
 
 
-def read_json(path: Path, kind: type[T]) -> T:
-    """Return what a small file of JSON holds, checked to be of a type.
+def read_json(path: Path, kind: type[T]) -> T | None:
+    """Return what a small file of JSON holds, checked to be of a type; None if there is no such file.
 
     Args:
         path: the file.
         kind: any type that pydantic can check, such as a dataclass, with all that it is of.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: there is no such file.
         Damaged: it cannot be read, or is no JSON, or of another form.
     """
     try:
         with open(path, "rb", opener=regular_file) as file:
             return _adapter(kind).validate_python(json.load(file))  # type: ignore[arg-type]
     except (FileNotFoundError, NotADirectoryError):
-        raise
+        return None
     except OSError as e:
         raise Damaged(f"{path} cannot be read: {e.strerror or e}.") from e
     except ValidationError as e:

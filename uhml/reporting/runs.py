@@ -230,10 +230,7 @@ def read_result(run_dir: Path) -> Result | None:
     Raises:
         Damaged: the file is not as it was written.
     """
-    try:
-        return read_json(run_dir / "result.json", Result)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    return read_json(run_dir / "result.json", Result)
 
 
 def _scores(records: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -73,11 +73,11 @@ def read_status(run_dir: Path) -> RunStatus | None:
     """
     try:
         status = read_json(run_dir / FILE, RunStatus)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except Damaged as e:
         raise Damaged(f"{run_dir / FILE} is no status of a run; remove it, and the run can go on: {e}") from e
-    return dataclasses.replace(status, state="finished", error=None) if (run_dir / "result.json").exists() else status
+    if status is not None and (run_dir / "result.json").exists():
+        return dataclasses.replace(status, state="finished", error=None)
+    return status
 
 
 def write_status(run_dir: Path, status: RunStatus) -> None:

@@ -43,7 +43,7 @@ def embedded_gallery(trained: Trained, pictures: Pictures, folder: Path, *, skip
         key.update(what_rows_depend_on(trained, pictures), files=files, skip_corrupt=str(skip_corrupt))
         folder.mkdir(parents=True, exist_ok=True)
         kept = folder / "key.json"
-        with contextlib.suppress(FileNotFoundError, Damaged):
+        with contextlib.suppress(Damaged):
             if read_json(kept, dict[str, str]) == key and file.exists():
                 return False
         # Gone before the vectors are, so that it never stands beside others.

@@ -197,8 +197,6 @@ def _begun(folder: Path) -> State | None:
     """Return how far an earlier call has come that was not ended, if that can be told."""
     try:
         return read_json(folder / "state.json", State)
-    except FileNotFoundError:
-        return None
     except Damaged as e:
         logger.warning("%s Beginning anew.", e)
         return None
