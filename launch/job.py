@@ -69,7 +69,7 @@ class TrainingJob(Checkpointable):
             raise UserError(f"The job takes its code from {sys.path}, not from its snapshot {self.code}.")
         finished = read_json(self.run_dir / "result.json", dict[str, Any])
         if finished is not None:
-            return finished  # requeued by SLURM just as it was
+            return finished  # requeued by SLURM just as it had come to its end
         from uhml.train import train
 
         return train(load_config(self.config), self.run_dir, allow_change=self.allow_change)

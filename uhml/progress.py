@@ -1,6 +1,5 @@
 """Progress of long work: a bar on a terminal, a plain line now and then elsewhere, and only on rank 0."""
 
-import contextlib
 import logging
 import sys
 import time
@@ -61,15 +60,10 @@ def progress(
         yield from _lines(iterable, description, done, total, note)
 
 
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """Within it, nothing shows how far it is: it goes on beside other work, which does."""
+def silence() -> None:
+    """Show nothing from here on: this process works beside another, which shows how far it is itself."""
     global _is_silent
-    before, _is_silent = _is_silent, True
-    try:
-        yield
-    finally:
-        _is_silent = before
+    _is_silent = True
 
 
 def _lines(iterable: Iterable[T], description: str, before: int, total: int, note: Callable[[], str]) -> Iterator[T]:

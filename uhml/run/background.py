@@ -20,7 +20,7 @@ import torch
 
 from uhml import interruption
 from uhml.errors import UserError
-from uhml.progress import silent
+from uhml.progress import silence
 
 
 class _Question(NamedTuple):
@@ -160,8 +160,7 @@ def _do(question: _Question) -> _Answer:
     torch.set_num_threads(question.num_threads)
     result = users_error = error = None
     try:
-        with silent():
-            result = question.work()
+        result = question.work()
     except UserError as e:
         users_error = str(e)
     except Exception:
@@ -172,6 +171,7 @@ def _do(question: _Question) -> _Answer:
 
 def _main(question: int, answer: int) -> None:
     interruption.leave_to_parent()
+    silence()
     asked, told = os.dup(0), os.dup(1)
     os.dup2(2, 1)  # what prints shall not tell of an answer
     while os.read(asked, 1):
